@@ -52,6 +52,7 @@ class Use(enum.Enum):
     REGION_SAMPLE = (
         "regions that a detector's box head is trained on: seed of the image in its step"
     )
+    REGION_DROPOUT = "dropout of a region of a detector: seed of the image in its step, the region"
     DETECTOR_WEIGHTS = "initial weights of the layers that a detector adds: seed"
     LOW_SHOT_IMAGES = "images of a low-shot draw: seed, class, k, number of the draw"
     LIDAR_PATCHES = "places of the patches of an image that LiDAR compares: seed, image"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from mixed_folder import jpeg, picture
 from PIL import Image
+from scipy.io import savemat
 
 from relloc.data.check import Check, check
 from relloc.data.image_set import Splits
@@ -78,6 +79,26 @@ def write_voc(root: Path) -> Path:
                 dog = voc_object("dog", (11, 21, 31, 61))
                 write_text(devkit / "Annotations" / f"{name}.xml", voc_annotation(dog))
     return root
+
+
+# Proposals of the images of VOC2007, as the files have them: y1, x1, y2, x2, counted from 1.
+VOC_PROPOSALS = ((21, 11, 61, 31), (1, 1, HEIGHT, WIDTH), (30, 40, 50, 60))
+
+
+def write_proposals(folder: Path, **cells: Sequence[Any]) -> Path:
+    """The .mat files of fast-rcnn for VOC2007; `cells` are the matrices of a split's images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, names in VOC_LISTS[2007].items():
+        matrices = cells.get(split)
+        if matrices is None:
+            matrices = [np.array(VOC_PROPOSALS, np.uint16) for _ in names]
+        boxes = np.empty((1, len(matrices)), dtype=object)
+        for column, matrix in enumerate(matrices):
+            boxes[0, column] = matrix
+        images = np.array([list(names)], dtype=object)
+        content = {"boxes": boxes, "images": images}
+        savemat(folder / f"voc_2007_{split}.mat", content, do_compression=True)
+    return folder
 
 
 def annotation_file(root: Path, name: str = "000005") -> Path:

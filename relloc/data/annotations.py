@@ -90,6 +90,15 @@ class ObjectImages(ImageSet, Protocol):
 
 
 @runtime_checkable
+class ProposedImages(ObjectImages, Protocol):
+    """An `ObjectImages` each of whose images has boxes in which objects may be."""
+
+    def proposals(self, index: int) -> Float32[np.ndarray, "n 4"]:
+        """Returns `x1 y1 x2 y2` in pixels, counted from 0; both corners are pixels of the box."""
+        ...
+
+
+@runtime_checkable
 class SegmentedImages(ImageSet, Protocol):
     """An `ImageSet` each of whose images has a class map."""
 

@@ -13,8 +13,9 @@ from relloc.results import REFERENCE_MODELS
 
 _DATA_SETS = (
     "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205, RELLOC_INAT18, "
-    "RELLOC_COCO and RELLOC_CITYSCAPES, or eval.NAME.data.root=. Hours are estimates for one GPU "
-    "with 16 cores that reads shards, or files where an evaluation needs boxes or masks."
+    "RELLOC_COCO, RELLOC_CITYSCAPES and RELLOC_VOC_PROPOSALS, or eval.NAME.data.root=. Hours are "
+    "estimates for one GPU with 16 cores that reads shards, or files where an evaluation needs "
+    "boxes or masks."
 )
 FILL_CARD = "python -m relloc.evaluate checkpoint=RUN eval=card"
 _NOTHING_YET = (

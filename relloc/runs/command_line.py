@@ -42,6 +42,7 @@ _PATHS = (
     "checkpoint",
     "data.root",
     "data.shards",
+    "data.proposals",
     "out",
     "runs",
     "hydra.run.dir",

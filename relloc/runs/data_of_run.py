@@ -32,7 +32,8 @@ _LARGEST_FILE = 2**20  # bytes of a config
 _LONGEST_NAME = 200  # characters of a name from a run folder, in a message
 _CHOOSES_DATA = ("data", "experiment")  # groups that choose the data; a preset may do so
 _STARTED_IN = "hydra.runtime.cwd"
-_FOLDERS = ("data.root", "data.shards", "data.source.root")  # settings with folders of images
+# Settings with folders of images, and of what belongs to them
+_FOLDERS = ("data.root", "data.shards", "data.source.root", "data.proposals")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,7 @@ class DataSet:
         try:
             found = shards(root=self.shards) if self.shards else self.list_images()
         except DataError as error:
-            # The readers know one data set only, and call its settings data.root and data.shards.
+            # The readers know one data set only, and call its settings data.root and the like.
             message = self._with_own_setting(str(error))
             is_missing = isinstance(error, MissingData) or self.missing_setting
             # All ranks may go on without this data set, so that they have to agree.
@@ -177,12 +177,12 @@ class DataSet:
         return found
 
     def _with_own_setting(self, message: str) -> str:
-        """Returns a message about data.root or data.shards with this data set's own settings.
+        """Returns a message about data.root and its like with this data set's own settings.
 
         If the folder came from an environment variable, the message names that too.
         """
-        # Readers write data.root or data.shards; put this data set's own setting there.
-        message = re.sub(r"\bdata\.(?=root|shards)", f"{self.setting}.", message)
+        # Readers write data.root and its like; put this data set's own setting there.
+        message = re.sub(r"\bdata\.(?=root|shards|proposals)", f"{self.setting}.", message)
         # Where the folder is not known, they name the variable that all data sets share.
         message = message.replace("variable RELLOC_DATA", f"variable {self.variable}")
         # The folder may have been set by a variable that the user has forgotten.

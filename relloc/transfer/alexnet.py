@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from relloc.errors import UsageError
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.seeds import Use, seed_for
-from relloc.transfer.dropout import SampleDropout
+from relloc.transfer.dropout import SampleDropout, apply_layers
 
 _CONV6_SIDE = 3  # the side of pool5 of a patch, all of which fc6 sees
 _CONV6B_CHANNELS = 1024
@@ -83,10 +83,7 @@ class FineTunedAlexNet(nn.Module):
                 f"{height} positions, but conv6 needs {_CONV6_SIDE} x {_CONV6_SIDE}: give a larger "
                 "crop_px, such as 227"
             )
-        values = pool5
-        for layer in self.head:
-            values = layer(values, seeds) if isinstance(layer, SampleDropout) else layer(values)
-        return values
+        return apply_layers(self.head, pool5, seeds)
 
     @torch.no_grad()
     def _draw(self, layer: nn.Conv2d | nn.Linear) -> None:

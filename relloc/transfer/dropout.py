@@ -21,6 +21,15 @@ def dropout_seeds(samples: Sequence[int], device: torch.device) -> Int[Tensor, "
     return to_device(torch.tensor(seeds, dtype=torch.int64), device)
 
 
+def apply_layers(
+    layers: nn.Module, values: Float[Tensor, "b *_"], seeds: Int[Tensor, "b"] | None
+) -> Float[Tensor, "b *_"]:
+    """Returns the values after the children of `layers`, of which dropout takes the seeds."""
+    for layer in layers.children():
+        values = layer(values, seeds) if isinstance(layer, SampleDropout) else layer(values)
+    return values
+
+
 class SampleDropout(nn.Module):
     """In training sets each value to 0 with probability `p`, and scales the others by 1 / (1 - p).
 

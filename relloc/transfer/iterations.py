@@ -133,6 +133,13 @@ class IterativeFineTuning(Evaluation):
             raise TypeError(f"{type(self).__name__} needs a number of iterations")
         return self.iterations
 
+    def training_images(self, images: ImageSet) -> ImageSet:
+        """Returns what the training goes through, such as each image and its mirror image.
+
+        `training_indices`, `kind_of` and `make_sample` are given this set.
+        """
+        return images
+
     def before_forward(self, network: nn.Module) -> None:
         """Puts parts of a network that is in training mode into another mode."""
 
@@ -189,12 +196,13 @@ class IterativeFineTuning(Evaluation):
     ) -> Iterator[Tensor]:
         """Yields training samples as a forward of the training takes them, unlabeled."""
         _, size = self.forward_images()
+        sampled = self.training_images(images)
         batches = calibration_keys(
-            self.training_indices(images), n_images=n_images, size=size, seed=seed
+            self.training_indices(sampled), n_images=n_images, size=size, seed=seed
         )
         read = read_samples(
-            images,
-            self.make_sample(images),
+            sampled,
+            self.make_sample(sampled),
             batches,
             workers=config.workers,
             stopping=config.stopping,
@@ -215,7 +223,7 @@ class IterativeFineTuning(Evaluation):
             DataError: the protocol leaves no image to train on.
         """
         # Known before the training, as no step could be made of no image.
-        if not self.training_indices(splits.train):
+        if not self.training_indices(self.training_images(splits.train)):
             raise DataError(
                 f"{splits.train.name} {splits.train.split} has no image to train on: none of its "
                 f"{len(splits.train)} images shows an object of a class of this evaluation"
@@ -351,12 +359,13 @@ class IterativeFineTuning(Evaluation):
         for index, reason in self.unusable(images).items():
             unusable[images.source(index)] = reason
         unreadable.add(unusable)
-        keys = self._keys(images, context.seed, first, end)
+        sampled = self.training_images(images)
+        keys = self._keys(sampled, context.seed, first, end)
         accumulation = self.forwards_in_step()
         # Workers read micro-batches, which are smaller than steps, one after the other.
         batches = read_samples(
-            images,
-            self.make_sample(images),
+            sampled,
+            self.make_sample(sampled),
             itertools.chain.from_iterable(keys),
             workers=config.workers,
             stopping=config.stopping,

@@ -98,6 +98,24 @@ class Poly:
         return above_floor * remaining**self.power + self.floor
 
 
+def in_proportion(
+    milestones: Sequence[int], published_iterations: int, iterations: int
+) -> list[int]:
+    """Returns the milestones of a training in proportion to its length, as the config rounds them.
+
+    Example:
+        >>> in_proportion([18_000, 22_000], 24_000, 2400)
+        [1800, 2200]
+    """
+    scaled_milestones = set()
+    for milestone in milestones:
+        scaled = round(milestone * iterations / published_iterations)
+        # Before the first iteration, or after the last one, a milestone changes nothing.
+        if 1 <= scaled < iterations:
+            scaled_milestones.add(scaled)
+    return sorted(scaled_milestones)
+
+
 def _check(name: str, value: float, fits: bool, limit: str) -> None:
     """Raises `ValueError` unless `value` is finite and fits."""
     if not fits or not math.isfinite(value):

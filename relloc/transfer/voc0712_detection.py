@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +24,7 @@ from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
-from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
+from relloc.transfer.metrics.box_confusion import boxes_of_voc, save_box_confusion
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
@@ -38,7 +37,7 @@ from relloc.transfer.metrics.voc_ap import (
     printed_ap,
     voc_image,
 )
-from relloc.transfer.schedule import Milestones
+from relloc.transfer.schedule import Milestones, in_proportion
 
 REFERENCES = ("mmdet", "detectron2")
 _SETTING = "eval.voc0712_detection"
@@ -128,7 +127,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
 
     def deviations(self, length: int) -> Iterator[str]:
         yield from super().deviations(length)
-        milestones = _published_milestones(length)
+        milestones = in_proportion(_PUBLISHED_MILESTONES, _PUBLISHED_ITERATIONS, length)
         if list(self.milestones) != milestones:
             yield f"milestones {list(self.milestones)} instead of {milestones}"
         warmup = _PUBLISHED_WARMUP * length / _PUBLISHED_ITERATIONS
@@ -184,7 +183,7 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         ) -> tuple[dict[str, tuple[str, float]], list[float]]:
             if final:
                 save_box_confusion(
-                    map(_boxes, values),
+                    map(boxes_of_voc, values),
                     images.classes,
                     context.folder,
                     name=f"{images.name} {images.split}",
@@ -297,27 +296,3 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
         text = f"{n_forwards} forwards of {self.forward_text()} images"
         n_processes = ranks.world_size()
         return f"{text} on each of {n_processes} processes" if n_processes > 1 else text
-
-
-def _boxes(image: VocImage) -> BoxesOfImage:
-    """Returns the boxes of an image. VOC knows no crowds."""
-    return BoxesOfImage(
-        found_boxes=image.found_boxes,
-        found_scores=image.found_scores,
-        found_classes=image.found_classes,
-        true_boxes=image.true_boxes,
-        true_classes=image.true_classes,
-        difficult=image.difficult,
-        crowd=np.zeros(len(image.true_classes), dtype=bool),
-    )
-
-
-def _published_milestones(iterations: int) -> list[int]:
-    """Returns the published milestones in proportion to a training, as the config rounds them."""
-    milestones = set()
-    for milestone in _PUBLISHED_MILESTONES:
-        scaled = round(milestone * iterations / _PUBLISHED_ITERATIONS)
-        # Before the first iteration, or after the last one, a milestone changes nothing.
-        if 1 <= scaled < iterations:
-            milestones.add(scaled)
-    return sorted(milestones)

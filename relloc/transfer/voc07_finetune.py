@@ -21,16 +21,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from relloc import checks
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import DIFFICULT, THERE, MultiLabeled
-from relloc.data.subsets import evenly_spaced
 from relloc.data.views import RandomSquare, View, check_view
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.average_precision import ap_area, ap_steps
 from relloc.evaluation.contract import Context
 from relloc.models.alexnet import AlexNetBackbone
-from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.results import Score
-from relloc.seeds import Use, seed_for
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
 from relloc.transfer.dropout import dropout_seeds
@@ -41,7 +38,11 @@ from relloc.transfer.metrics.class_answers import (
     strongest_answers,
 )
 from relloc.transfer.metrics.per_image import PerImage
-from relloc.transfer.rescaling import equalize_rates, normalize_outputs
+from relloc.transfer.rescaled_alexnet import (
+    n_rescaling_images,
+    rescale_for_fine_tuning,
+    rescales,
+)
 from relloc.transfer.schedule import Milestones
 
 TRAINED = ("fc6-8", "all layers")
@@ -50,10 +51,6 @@ _TABLE = "Classification, VOC07 fine-tuned, mAP"
 _NEW_BIAS = 0.1
 # train_cls.py has `setLR(t, 1, 2)`: biases learn at twice the rate of weights.
 _BIAS_RATE = 2
-# magic_init.py's defaults: ten batches of 16 images, and a bias of 0.1 behind new layers.
-_RESCALING_BATCHES = 10
-_RESCALING_BATCH = 16
-_RESCALED_MEAN = 0.1
 # Convolutions ask for some height and width, also of no images.
 _SIDE_OF_NO_IMAGES = 227
 
@@ -200,26 +197,16 @@ class Voc07Finetune(IterativeFineTuning):
         """
         backbone = context.backbone
         n_classes = len(context.splits.train.classes)
+        is_rescaled = rescales(self.rescale, backbone, self.setting)
         if isinstance(backbone, AlexNetBackbone):
             network = FineTunedAlexNet(backbone, n_classes, seed=context.seed)
             network = network.to(context.device)
-            if self.rescales(backbone):
-                self._rescale(network, context)
+            if is_rescaled:
+                rescale_for_fine_tuning(network, self.view, context)
             return network
-        if self.rescale:
-            raise UsageError(
-                f"{self.setting}.rescale is true, but {type(backbone).__name__} has batch norm, "
-                "which undoes every scale: give model=alexnet weights, or rescale=null"
-            )
         network = Classifier(copy.deepcopy(backbone), n_classes, seed=context.seed)
         nn.init.constant_(network.head.bias, _NEW_BIAS)
         return network
-
-    def rescales(self, backbone: Backbone) -> bool:
-        """Returns whether the layers of a network with this backbone are rescaled."""
-        if self.rescale is None:
-            return isinstance(backbone, AlexNetBackbone)
-        return self.rescale
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         trained = network if self.trained == "all layers" else _head(network)
@@ -278,7 +265,7 @@ class Voc07Finetune(IterativeFineTuning):
             )
 
         n_images, values = answers.evaluate(precisions)
-        rescaled = self.rescales(context.backbone)
+        rescaled = rescales(self.rescale, context.backbone, self.setting)
         scores = []
         for metric, value in values.items():
             is_headline = metric == "map"
@@ -374,34 +361,6 @@ class Voc07Finetune(IterativeFineTuning):
             title=f"{title}: strongest answers, with the probability of the class",
         )
 
-    def _rescale(self, network: FineTunedAlexNet, context: Context) -> None:
-        """Rescales the layers by views of training images, as magic_init.py does with `-l -cs`.
-
-        Layers that have weights keep them up to one scale a layer. New ones are normalized first.
-        The last layer is drawn again afterwards, as train_cls.py does it.
-        """
-        network.eval()
-        new = network.new_layers()
-        batches = list(self._rescaling_batches(context))
-        normalize_outputs(network, new, batches, mean=_RESCALED_MEAN)
-        gradient_seed = seed_for(Use.RESCALING_GRADIENT, context.seed)
-        equalize_rates(network, batches[0], seed=gradient_seed)
-        network.draw_last_layer()
-
-    def _rescaling_batches(self, context: Context) -> Iterator[Float[Tensor, "b 3 s s"]]:
-        images = context.splits.train
-        keys = []
-        for index in evenly_spaced(len(images), _RESCALING_BATCHES * _RESCALING_BATCH):
-            keys.append((index, seed_for(Use.RESCALING_VIEW, context.seed, index)))
-        # Neighbors in a list may be alike, so each batch takes images from all of it.
-        n_batches = -(-len(keys) // _RESCALING_BATCH)
-        batches = [keys[number::n_batches] for number in range(n_batches)]
-        what = f"rescaling by {images.name} {images.split}"
-        read = context.encode_config.read(images, self.view, batches, n_batches, what)
-        for batch in read:
-            if len(batch.pixels):
-                yield context.encode_config.to_device(batch.pixels)
-
     def _own_deviations(self, context: Context, classes: Bool[Tensor, "all"]) -> Iterator[str]:
         """Yields what differs from the published protocol beside the constants of the training."""
         if isinstance(context.backbone, AlexNetBackbone):
@@ -423,8 +382,7 @@ class Voc07Finetune(IterativeFineTuning):
         yield f"{self.trained} trained"
         yield f"mean of {self.crops} random crops"
         if rescaled:
-            n_images = min(len(images), _RESCALING_BATCHES * _RESCALING_BATCH)
-            yield f"rescaled by views of {n_images} training images"
+            yield f"rescaled by views of {n_rescaling_images(images)} training images"
 
 
 def presence_of(images: ImageSet) -> Presence:

@@ -1,4 +1,4 @@
-"""Detection and fine-tuned classification are the published ones (protocols.md 3.8, 3.9, 3.15)."""
+"""Detection and fine-tuned classification are the published ones (3.8, 3.9, 3.15 and 3.16)."""
 
 from typing import Any
 
@@ -8,7 +8,11 @@ from hydra.utils import instantiate
 from relloc.data.views import RandomSquare
 from relloc.reports.published import card_parts
 from relloc.transfer.coco_mask_rcnn_fpn_1x import CocoMaskRcnnFpn1x
+from relloc.transfer.detection.box_head import DetectionRule
+from relloc.transfer.detection.fast_rcnn import TEST_RULE
+from relloc.transfer.detection.given_proposals import FAST_RCNN_RULE
 from relloc.transfer.detection.samples import FittedImage, RandomSizes
+from relloc.transfer.voc07_fast_rcnn import Voc07FastRcnn
 from relloc.transfer.voc07_finetune import Voc07Finetune
 from relloc.transfer.voc0712_detection import Voc0712Detection
 
@@ -69,6 +73,25 @@ PUBLISHED: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "voc07_finetune": (Voc07Finetune, {**CLASSIFIER, "trained": "all layers"}),
     "voc07_finetune_fc": (Voc07Finetune, {**CLASSIFIER, "trained": "fc6-8"}),
+    "voc07_fast_rcnn": (
+        Voc07FastRcnn,
+        {
+            "iterations": 40_000,
+            "batch": 2,
+            "images_per_gpu": 2,
+            "images_per_forward": None,
+            "batch_norm": "as_trained",
+            "learning_rate": 0.001,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "milestones": [30_000],
+            "gamma": 0.1,
+            "rescale": None,
+            "rescaling_view": RandomSquare(crop_px=227, scale=(0.5, 2.0), flip=0.5),
+            "augment": FittedImage(box=[1000, 600]),
+            "view": FittedImage(box=[1000, 600]),
+        },
+    ),
 }
 
 
@@ -82,6 +105,14 @@ def evaluation(compose, name: str, *words: str) -> Any:
     node = node_of(compose, name, *words)
     without_data = {key: value for key, value in node.items() if key != "data"}
     return instantiate(without_data, _convert_="all")
+
+
+def test_regions_and_detections_of_fast_rcnn_are_the_published_ones():
+    rule = FAST_RCNN_RULE
+    assert (rule.regions_per_image, rule.positive_share) == (64, 0.25)
+    assert (rule.background_overlap, rule.positive_overlap) == (0.1, 0.5)
+    published = DetectionRule(above_score=0.05, nms_overlap=0.3, most_per_image=100)
+    assert published == TEST_RULE
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -116,6 +147,7 @@ def test_another_batch_has_a_rate_in_proportion(compose):
         ("voc0712_detection", 0.04),
         ("coco_mask_rcnn_fpn_1x", 0.04),
         ("voc07_finetune", 0.002),
+        ("voc07_fast_rcnn", 0.016),
     ):
         assert evaluation(compose, name, "batch=32").learning_rate == pytest.approx(doubled)
 
@@ -129,6 +161,7 @@ def test_another_length_has_milestones_and_warm_up_in_proportion(compose):
     assert schedule.warmup == pytest.approx(100)
     classifier = evaluation(compose, "voc07_finetune", "iterations=800")
     assert classifier.milestones == [100, 200, 300, 400, 500, 600, 700]
+    assert evaluation(compose, "voc07_fast_rcnn", "iterations=400").milestones == [300]
 
 
 def test_rates_of_coco_over_the_published_length(compose):
@@ -154,7 +187,7 @@ def test_the_images_are_the_published_ones(compose):
     coco = node_of(compose, "coco_mask_rcnn_fpn_1x").data.source
     assert (coco.train, coco.held_out) == ("train2017", "val2017")
     assert coco.published_images == {"train": 118_287, "val": 5000}
-    for name in ("voc07_finetune", "voc07_finetune_fc"):
+    for name in ("voc07_finetune", "voc07_finetune_fc", "voc07_fast_rcnn"):
         classified = node_of(compose, name).data.source
         assert (classified.year, classified.train, classified.held_out) == (
             2007,

@@ -25,7 +25,7 @@ EVALS = [
         "linear_avgpool",
     ),
     *("linear_fast", "linear_in1k", "linear_inat18", "linear_places205", "semisup_1", "semisup_10"),
-    "voc0712_detection",
+    *("voc0712_detection", "voc07_fast_rcnn"),
     *("voc07_finetune", "voc07_finetune_fc", "voc07_low_shot", "voc07_svm", "voc12aug_fcn"),
 ]
 CARD = {
@@ -39,7 +39,7 @@ CARD = {
 }
 CARD |= {"semisup_10", "label_free_in1k"}
 TRANSFER = {"voc0712_detection", "voc12aug_fcn", "coco_mask_rcnn_fpn_1x", "cityscapes_fcn"}
-TRANSFER |= {"voc07_finetune_fc", "voc07_finetune"}
+TRANSFER |= {"voc07_finetune_fc", "voc07_finetune", "voc07_fast_rcnn"}
 GROUPS = (
     "model",
     "recipe",
@@ -60,7 +60,7 @@ def members(group: str) -> list[str]:
 
 def test_the_groups_and_members_are_those_of_the_study():
     assert members("model") == ["alexnet", "resnet18", "resnet50", "small"]
-    annotated = ["cityscapes", "coco2017", "voc0712", "voc2012_segmentation"]
+    annotated = ["cityscapes", "coco2017", "voc0712", "voc2007_proposals", "voc2012_segmentation"]
     pretraining = ["folder", "imagenette", "in1k", "inat18", "photos", "places205", "voc2007"]
     assert members("data") == sorted([*annotated, *pretraining])
     # Sets for detection and segmentation are pretrained on as any folder is.
@@ -104,7 +104,10 @@ def test_a_data_set_composes_for_both_commands(compose, root, data):
     )
     found = OmegaConf.to_container(config, resolve=True)
     assert isinstance(found, dict)
-    assert {"name", "shards", "source", "unreadable_share"} == set(found["data"]) - {"root"}
+    assert {"name", "shards", "source", "unreadable_share"} == set(found["data"]) - {
+        "root",
+        "proposals",
+    }
     assert {"epochs", "milestone_epochs", "learning_rates"} == set(found["probe"]["linear"])
     assert {"layers"} == set(found["probe"]["knn"])
     if root == "train":

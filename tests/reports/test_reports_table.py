@@ -378,6 +378,7 @@ def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> Non
         "cityscapes_fcn",
         "voc07_finetune_fc",
         "voc07_finetune",
+        "voc07_fast_rcnn",
     ]
     commands = [each.partition("  # about ")[0] for each in missing["card2022, seed 0"]]
     assert commands == [ours + name for name in evaluations]

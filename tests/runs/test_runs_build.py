@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from annotated_sets import write_proposals, write_voc
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
@@ -218,7 +219,7 @@ def test_evaluations_that_bring_their_own_data_leave_that_of_the_run_alone() -> 
 
 VARIABLES = (
     *("RELLOC_DATA", "RELLOC_VOC", "RELLOC_IN1K", "RELLOC_PLACES205"),
-    *("RELLOC_COCO", "RELLOC_CITYSCAPES"),
+    *("RELLOC_COCO", "RELLOC_CITYSCAPES", "RELLOC_VOC_PROPOSALS"),
 )
 
 
@@ -270,12 +271,13 @@ def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
     with pytest.raises(UsageError) as refused:
         build.evaluating(composed("evaluate", "checkpoint=random", "eval=card"))
     first, *lines = str(refused.value).splitlines()
-    assert first.startswith("15 evaluations ")
+    assert first.startswith("16 evaluations ")
     # A line for each data set, whoever needs it: its variable, its setting, what it is, and whence.
     voc07 = "voc07_svm,voc07_low_shot,voc07_finetune_fc,voc07_finetune"
     for variable, evaluation, words in (
         ("RELLOC_VOC", f"{{{voc07}}}", "VOC2007 .*VOC site"),
         ("RELLOC_VOC", "voc0712_detection", "VOC2007 .*trainval and test.*VOC2012 .*VOC site"),
+        ("RELLOC_VOC", "voc07_fast_rcnn", "VOC2007 .*VOC site.*RELLOC_VOC_PROPOSALS.*mat"),
         ("RELLOC_VOC", "voc12aug_fcn", "VOC2012 .*VOC site.*SBD"),
         ("RELLOC_PLACES205", "linear_places205", "Places site"),
         ("RELLOC_COCO", "coco_mask_rcnn_fpn_1x", "zip.*COCO site"),
@@ -284,8 +286,8 @@ def test_all_data_sets_whose_place_nobody_said_are_told_at_once(
         setting = re.escape(f"{variable} or eval.{evaluation}.data.root=FOLDER: ")
         (line,) = [line for line in lines if re.match(rf"\s*{setting}", line)]
         assert re.search(words, line)
-    # The seventh is ImageNet.
-    assert len(lines) == 7
+    # The eighth is ImageNet.
+    assert len(lines) == 8
 
 
 def test_a_data_set_of_a_reader_that_asks_for_nothing_is_told_by_its_variable(
@@ -336,6 +338,22 @@ def test_of_evaluations_without_data_some_may_be_left_out_but_not_all(
     assert said.startswith("2 evaluations ")
     said = said_of("evaluate", *asked, "missing_data=leave") or ""
     assert re.search(r"missing_data is leave\b.*\berror\b.*\bskip\b", said)
+
+
+def test_images_whose_proposals_nobody_gave_may_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RELLOC_VOC", str(write_voc(tmp_path)))
+    monkeypatch.delenv("RELLOC_VOC_PROPOSALS", raising=False)
+    asked = ("checkpoint=random", "eval=[voc07_fast_rcnn,knn]", "missing_data=skip")
+    own = photos(tiles=[0.4], stride=0.2)
+    _, left_out = build.evaluating(composed("evaluate", *asked)).named_evaluations(own)
+    setting = r"eval\.voc07_fast_rcnn\.data\.proposals=FOLDER"
+    assert re.search(rf"{setting}\b.*\bRELLOC_VOC_PROPOSALS\b", left_out["voc07_fast_rcnn"])
+    monkeypatch.setenv("RELLOC_VOC_PROPOSALS", str(write_proposals(tmp_path / "boxes")))
+    with pytest.warns(UserWarning, match="the published set"):
+        named, _ = build.evaluating(composed("evaluate", *asked)).named_evaluations(own)
+    assert [one.name for one in named] == ["voc07_fast_rcnn", "knn"]
 
 
 def test_a_folder_without_anything_of_the_data_set_is_missing_data_but_a_half_one_is_damaged(

@@ -360,7 +360,7 @@ def find_all(self: Any, network: Any, images: Any, context: Context) -> Iterator
 def test_objects_of_images_that_can_not_be_read_are_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Voc0712Detection, "_detect", find_all)
+    monkeypatch.setattr(Voc0712Detection, "detect", find_all)
     # Images 1 and 3 are of the second class, as is 5, which is difficult.
     whole, broken = (
         {score.metric: score for score in evaluation(iterations=1).run(where)}

@@ -110,11 +110,14 @@ def nothing_found() -> Detections:
     )
 
 
-def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h w"]:
+def pad_images(
+    images: Sequence[Float[Tensor, "3 _ _"]],
+    multiple: int = SIDE_MULTIPLE,
+) -> Float[Tensor, "b 3 h w"]:
     """Returns images of several sizes as one tensor, each in the upper left corner.
 
-    The rest is zero. Height and width are the largest ones, rounded up to multiples of 32. Of no
-    images it returns an empty tensor on the CPU.
+    The rest is zero. Height and width are the largest ones, rounded up to multiples of `multiple`.
+    Of no images it returns an empty tensor on the CPU.
     """
     if not images:
         return torch.zeros(0, 3, _SIDE_OF_NO_IMAGES, _SIDE_OF_NO_IMAGES)
@@ -122,8 +125,8 @@ def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h
     widths = [image.shape[2] for image in images]
     # A multiple of the strides of all stages, so that each stage halves the map without a rest
     # (mmdetection's size_divisor).
-    padded_height = round_up_side(max(heights))
-    padded_width = round_up_side(max(widths))
+    padded_height = round_up_side(max(heights), multiple)
+    padded_width = round_up_side(max(widths), multiple)
     # Zero is the mean color, as images are normalized already.
     shape = (len(images), 3, padded_height, padded_width)
     padded = images[0].new_zeros(shape)
@@ -133,11 +136,11 @@ def pad_images(images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "b 3 h
     return padded
 
 
-def round_up_side(side: int) -> int:
-    """Returns the side of an image after padding to a multiple of 32 pixels."""
+def round_up_side(side: int, multiple: int = SIDE_MULTIPLE) -> int:
+    """Returns the side of an image after padding to a multiple of so many pixels."""
     # Twice negated, the division rounds up.
-    n_multiples = -(-side // SIDE_MULTIPLE)
-    return n_multiples * SIDE_MULTIPLE
+    n_multiples = -(-side // multiple)
+    return n_multiples * multiple
 
 
 def on_device(

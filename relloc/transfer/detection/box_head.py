@@ -111,6 +111,33 @@ def box_losses(
     Both are divided by the number of all regions of a group of images, though only positive ones
     have an L1 loss. `groups` are the numbers of the groups of the images.
     """
+    own_offsets = of_own_class(offsets, regions)
+    wanted_offsets = encode(regions.boxes, regions.object_boxes, ROI_STDS)
+    errors = (own_offsets - wanted_offsets).abs()
+    return mean_losses(logits, errors.sum(dim=1), regions, groups)
+
+
+def of_own_class(values: Float[Tensor, "n classes 4"], regions: Regions) -> Float[Tensor, "n 4"]:
+    """Returns for each region the values of its own class.
+
+    Background has none, so those of any class stand in their place.
+    """
+    last_class = values.shape[1] - 1
+    own_class = regions.classes.clamp(max=last_class).view(-1, 1, 1)
+    return values.take_along_dim(own_class, dim=1).squeeze(1)
+
+
+def mean_losses(
+    logits: Float[Tensor, "n _"],
+    region_losses: Float[Tensor, "n"],
+    regions: Regions,
+    groups: Sequence[int],
+) -> dict[str, Float[Tensor, ""]]:
+    """Returns the losses `class` and `box`: cross-entropy, and the mean of `region_losses`.
+
+    Both are divided by the number of all regions of a group of images. Of `region_losses`, those of
+    regions without an object do not count. `groups` are the numbers of the groups of the images.
+    """
     # Whether a region is of an image. Sums over it are the same in every run, which those by
     # scattered additions on a GPU are not.
     image = torch.arange(len(groups), device=logits.device).unsqueeze(1)
@@ -120,13 +147,6 @@ def box_losses(
     class_losses = cross_entropy(logits, regions.classes, reduction="none")
     class_sums = torch.where(is_of_image, class_losses, 0).sum(dim=1)
 
-    # Background has no offsets, so any class stands in its place.
-    last_class = offsets.shape[1] - 1
-    own_class = regions.classes.clamp(max=last_class).view(-1, 1, 1)
-    own_offsets = offsets.take_along_dim(own_class, dim=1).squeeze(1)
-    wanted_offsets = encode(regions.boxes, regions.object_boxes, ROI_STDS)
-    errors = (own_offsets - wanted_offsets).abs()
-    region_losses = errors.sum(dim=1)
     # Only regions with an object have a box to reach.
     has_loss = is_of_image & regions.positive
     box_sums = torch.where(has_loss, region_losses, 0).sum(dim=1)
@@ -174,11 +194,11 @@ def detections(
     ):
         size_on_device = on_device(size, image_boxes)
         clipped = clip(image_boxes, size_on_device)
-        found.append(_of_image(image_scores, clipped, rule))
+        found.append(best_of_image(image_scores, clipped, rule))
     return found
 
 
-def _of_image(
+def best_of_image(
     scores: Float[Tensor, "n classes"],
     boxes: Float[Tensor, "n classes 4"],
     rule: DetectionRule,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from relloc import checks, ranks
 from relloc.data.annotations import ObjectImages, Objects, images_with_objects
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.samples import MakeSample
 from relloc.data.subsets import evenly_spaced
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
@@ -137,7 +138,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
 
     masks = False
     # Sizes and images of the published training and test; others are named in results.
-    published_augment: ClassVar[RandomSizes]
+    published_augment: ClassVar[RandomSizes | FittedImage]
     published_view: ClassVar = FittedImage(box=[1333, 800])
     published_images: ClassVar[str]  # as in "16,551 images of voc0712 trainval"
 
@@ -266,6 +267,10 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         parts = list(losses.values())
         return torch.stack(parts).sum()
 
+    def make_test_image(self, images: ObjectImages) -> MakeSample[TestImage]:
+        """Returns the function that reads an image to test on, in a worker process."""
+        return MakeTestImage(images=images)
+
     def detect_all(self, network: nn.Module, context: Context) -> tuple[PerImage[T], int]:
         """Detects objects in this process's part of the held-out images.
 
@@ -283,7 +288,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
 
         batches = self.read_held_out(
             context,
-            MakeTestImage(images=held_out),
+            self.make_test_image(held_out),
             doing="detecting on",
             batch=self.test_batch,
             kind_of=size_of,
@@ -292,7 +297,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         values: PerImage[T] = PerImage()
         read = set()
         for images in batches:
-            found = self._detect(network, images, context)
+            found = self.detect(network, images, context)
             for image, detections in zip(images, found, strict=True):
                 values.add(image.index, self.of_image(detections, image))
                 read.add(image.index)
@@ -331,14 +336,14 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
     def draw(self, network: nn.Module, context: Context) -> None:
         """Draws what is found in some images that are evenly spaced over the held-out ones."""
         images = _with_objects(context.splits.held_out)
-        make = MakeTestImage(images=images)
+        make = self.make_test_image(images)
         # They are detected again: to keep the detections of the test would take memory for all.
         for index in evenly_spaced(len(images), _PICTURES):
             try:
                 image = make(index, 0)
             except UnreadableImage:
                 continue  # it was counted when it was tested
-            (detections,) = self._detect(network, [image], context)
+            (detections,) = self.detect(network, [image], context)
             draw_detections(
                 image.pixels,
                 detections,
@@ -348,7 +353,7 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
             )
 
     @torch.no_grad()
-    def _detect(
+    def detect(
         self, network: nn.Module, images: Sequence[TestImage], context: Context
     ) -> Iterator[Detections]:
         """Yields what is found in each of some images of one size, in pixels of the original.

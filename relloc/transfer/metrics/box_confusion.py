@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from relloc.transfer.metrics.class_confusion import save_class_confusion
+from relloc.transfer.metrics.voc_ap import VocImage
 
 # Which detections are shown: those with this score. And which find an object: those with this IoU.
 LEAST_SCORE = 0.3
@@ -32,6 +33,19 @@ class BoxesOfImage:
     true_classes: Int[np.ndarray, "true"]
     difficult: Bool[np.ndarray, "true"]
     crowd: Bool[np.ndarray, "true"]
+
+
+def boxes_of_voc(image: VocImage) -> BoxesOfImage:
+    """Returns the boxes of an image of VOC, which knows no crowds."""
+    return BoxesOfImage(
+        found_boxes=image.found_boxes,
+        found_scores=image.found_scores,
+        found_classes=image.found_classes,
+        true_boxes=image.true_boxes,
+        true_classes=image.true_classes,
+        difficult=image.difficult,
+        crowd=np.zeros(len(image.true_classes), dtype=bool),
+    )
 
 
 def box_confusion(

@@ -84,3 +84,21 @@ class Rectangles:
 
     def digest(self) -> str:
         return f"{self.n}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProposedRectangles(Rectangles):
+    """Rectangles with proposals: some around the rectangle, others anywhere in the image."""
+
+    near: int = 12
+    far: int = 12
+
+    def proposals(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng(2000 + index)
+        height, width = self.size(index)
+        last = np.array([width - 1, height - 1, width - 1, height - 1])
+        boxes, _ = self._drawn(index)
+        near = boxes + rng.integers(-8, 9, (self.near, 4))
+        corners = rng.integers(0, last[:2] + 1, (self.far, 2, 2))
+        far = np.sort(corners, axis=1).reshape(-1, 4)
+        return np.concatenate([near, far]).clip(0, last).astype(np.float32)
