@@ -11,16 +11,54 @@ from relloc import ranks
 def synchronize(network: nn.Module, device: torch.device) -> None:
     """Replaces every batch norm inside `network` by a synchronized one; weights and names stay.
 
-    On GPUs it is PyTorch's. That one refuses to compute on CPUs, where `CpuSyncBatchNorm` is used.
+    On GPUs it is PyTorch's, with a guard. That one refuses to compute on CPUs, where
+    `CpuSyncBatchNorm` is used.
     """
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return
+    kind = CudaSyncBatchNorm if device.type == "cuda" else CpuSyncBatchNorm
     for name, child in network.named_children():
         if isinstance(child, _BatchNorm):
-            setattr(network, name, CpuSyncBatchNorm(child))
+            setattr(network, name, kind(child))
         else:
             synchronize(child, device)
+
+
+class CudaSyncBatchNorm(nn.SyncBatchNorm):
+    """PyTorch's synchronized batch norm, with a guard for processes that have no value.
+
+    Where no process has one, running statistics stay; PyTorch's would shrink towards 0. It takes
+    over the weights and running statistics of `norm`. Processes may have different numbers of
+    images, also none; they have to call `forward` the same number of times.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+        )
+        _take_over(self, norm)
+
+    def forward(self, input: Float[Tensor, "b c *hw"]) -> Float[Tensor, "b c *hw"]:
+        if not self.training:
+            return super().forward(input)
+        # All of it happens on the device, which nobody waits for.
+        statistics = list(self.buffers())
+        before = [statistic.clone() for statistic in statistics]
+        values = input
+        if not input.numel():
+            # Of no value PyTorch sends numbers of the input's type, and of others float32: in half
+            # precision the processes would wait for each other's bytes (torch 2.11,
+            # nn/modules/_functions.py).
+            values = input.float()
+        output = super().forward(values).to(input.dtype)
+        # A sum of counts, not a maximum, as every backend can add.
+        count = ranks.total(torch.full((), input.numel(), device=input.device))
+        with torch.no_grad():
+            for statistic, unchanged in zip(statistics, before, strict=True):
+                statistic.copy_(torch.where(count > 0, statistic, unchanged))
+        return output
 
 
 class CpuSyncBatchNorm(_BatchNorm):
@@ -42,10 +80,7 @@ class CpuSyncBatchNorm(_BatchNorm):
             norm.affine,
             norm.track_running_stats,
         )
-        self.train(norm.training)
-        # The same tensors, not copies: an optimizer may hold the weights already.
-        self._parameters.update(norm._parameters)
-        self._buffers.update(norm._buffers)
+        _take_over(self, norm)
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass  # vectors and maps are both allowed
@@ -114,6 +149,14 @@ class CpuSyncBatchNorm(_BatchNorm):
         unbiased = variance * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def _take_over(new: _BatchNorm, norm: _BatchNorm) -> None:
+    """Gives a batch norm the mode, weights and running statistics of another one."""
+    new.train(norm.training)
+    # The same tensors, not copies: an optimizer may hold the weights already.
+    new._parameters.update(norm._parameters)
+    new._buffers.update(norm._buffers)
 
 
 class _SumOverRanks(torch.autograd.Function):
