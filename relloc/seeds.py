@@ -59,6 +59,7 @@ class Use(enum.Enum):
     DENSE_GROUPS = "which images DSE puts into a group: seed"
     DENSE_GROUP_CLUSTERS = "first centroids of the clusters of a group of images: seed, group"
     DENSE_IMAGE_CLUSTERS = "first centroids of the clusters of an image: seed, image"
+    STUDY_PATCHES = "boxes of the patches that a study cuts from an image: seed, image"
 
 
 def seed_for(use: Use, *numbers: int) -> int:
