@@ -19,7 +19,7 @@ from relloc.errors import DataError, UnreadableImage
 
 # A box may reach over the border by so much before that is reported: it is rounding.
 _BORDER_PX = 1.0
-# mmdetection trains on no box with a side under a pixel (protocols.md 3.9).
+# mmdetection trains on no box with a side under a pixel (docs/protocols.md 3.9).
 _LEAST_SIDE_PX = 1.0
 # What the modes of Pillow are called in messages.
 _KINDS = {

@@ -135,7 +135,7 @@ class FittedImage:
 
 def trained_objects(objects: Objects, *, difficult: bool) -> Objects:
     """Returns the objects that are trained on."""
-    # The conditions of mmdetection's CocoDataset (_parse_ann_info).
+    # docs/protocols.md 3.9.
     left, top, right, bottom = objects.boxes.T
     is_wide = right - left >= 1
     is_high = bottom - top >= 1
