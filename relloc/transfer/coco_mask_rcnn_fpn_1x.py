@@ -18,10 +18,10 @@ from relloc.data.image_set import ImageSet
 from relloc.evaluation.contract import Context
 from relloc.results import Score
 from relloc.transfer import order
-from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.coco_ap import CocoImage, Kind, coco_image, coco_scores

@@ -59,6 +59,27 @@ def fitted_size(height: int, width: int, box: Sequence[int]) -> Size:
     return max(1, new_height), max(1, new_width)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedImage:
+    """The whole image, resized so that it fits into the box (long, short) of pixels.
+
+    Raises:
+        UsageError: `box` is no such box.
+    """
+
+    box: Sequence[int]
+
+    def __post_init__(self) -> None:
+        check_box("view.box", self.box)
+
+    def __str__(self) -> str:
+        return f"whole image fitted into {self.box[0]} x {self.box[1]} px"
+
+    def size(self, height: int, width: int) -> Size:
+        """Returns the size of an image after it was resized."""
+        return fitted_size(height, width, self.box)
+
+
 def nearest_indices(source: int, target: int) -> Int[np.ndarray, "target"]:
     """Returns which of `source` pixels each of `target` pixels shows, as cv2.INTER_NEAREST does."""
     # The product is that of OpenCV's resizeNN: a reciprocal of a quotient, in double precision.

@@ -24,6 +24,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def on_device(
+    numbers: Sequence,
+    like: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns numbers as a tensor on the device of `like`, without waiting for the device."""
+    return to_device(torch.tensor(numbers, dtype=dtype), like.device)
+
+
 def bytes_to_device(
     arrays: Sequence[UInt8[np.ndarray, "..."]], device: torch.device
 ) -> list[UInt8[Tensor, "..."]]:

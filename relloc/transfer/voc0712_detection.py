@@ -19,11 +19,11 @@ from relloc.data.image_set import ImageSet, Splits
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context
 from relloc.results import Score
-from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.box_confusion import boxes_of_voc, save_box_confusion
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.voc_ap import (

@@ -24,7 +24,7 @@ from relloc.evaluation.contract import Context
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.results import Score
 from relloc.transfer.alexnet import FineTunedAlexNet
-from relloc.transfer.detection.batch import Detections, pad_images
+from relloc.transfer.detection.batch import pad_images
 from relloc.transfer.detection.fast_rcnn import FastRcnn, alexnet_fast_rcnn, staged_fast_rcnn
 from relloc.transfer.detection.given_proposals import (
     NO_MULTIPLE,
@@ -36,13 +36,14 @@ from relloc.transfer.detection.given_proposals import (
     target_statistics,
     to_region_batch,
 )
-from relloc.transfer.detection.samples import FittedImage, prepared
+from relloc.transfer.detection.samples import prepared
 from relloc.transfer.detection.training import (
     AnnotatedImage,
     DetectionFineTuning,
     TestImage,
     annotation,
 )
+from relloc.transfer.detections import Detections
 from relloc.transfer.iterations import ForwardSamples
 from relloc.transfer.metrics.box_confusion import boxes_of_voc, save_box_confusion
 from relloc.transfer.metrics.by_class import scores_by_class
@@ -59,6 +60,7 @@ from relloc.transfer.rescaled_alexnet import (
     rescale_for_fine_tuning,
     rescales,
 )
+from relloc.transfer.resize import FittedImage
 from relloc.transfer.schedule import Milestones, in_proportion
 
 _TABLE = "Detection, VOC07 protocol of AlexNet-like networks, mAP"

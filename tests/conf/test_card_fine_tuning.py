@@ -11,7 +11,8 @@ from relloc.transfer.coco_mask_rcnn_fpn_1x import CocoMaskRcnnFpn1x
 from relloc.transfer.detection.box_head import DetectionRule
 from relloc.transfer.detection.fast_rcnn import TEST_RULE
 from relloc.transfer.detection.given_proposals import FAST_RCNN_RULE
-from relloc.transfer.detection.samples import FittedImage, RandomSizes
+from relloc.transfer.detection.samples import RandomSizes
+from relloc.transfer.resize import FittedImage
 from relloc.transfer.voc07_fast_rcnn import Voc07FastRcnn
 from relloc.transfer.voc07_finetune import Voc07Finetune
 from relloc.transfer.voc0712_detection import Voc0712Detection

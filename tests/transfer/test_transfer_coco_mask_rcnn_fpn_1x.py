@@ -22,15 +22,16 @@ from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.transfer import coco_mask_rcnn_fpn_1x
 from relloc.transfer.coco_mask_rcnn_fpn_1x import CocoMaskRcnnFpn1x, ImageOfId
-from relloc.transfer.detection.batch import Detections
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.masks import mask_targets, pasted
 from relloc.transfer.detection.proposals import ProposalCounts
 from relloc.transfer.detection.regions import Regions, RegionTraining
 from relloc.transfer.detection.rpn import RpnTraining
-from relloc.transfer.detection.samples import FittedImage, RandomSizes, to_batch
+from relloc.transfer.detection.samples import RandomSizes, to_batch
 from relloc.transfer.detection.training import MakeTestImage
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.per_image import PerImage
+from relloc.transfer.resize import FittedImage
 
 sys.path.insert(0, str(Path(__file__).parent / "detection"))
 from made_objects import Rectangles

@@ -20,9 +20,11 @@ from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.runs.resolvers import scaled, scaled_whole
-from relloc.transfer.detection.batch import DetectionBatch, Detections
-from relloc.transfer.detection.samples import FittedImage, RandomSizes
+from relloc.transfer.detection.batch import DetectionBatch
+from relloc.transfer.detection.samples import RandomSizes
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.voc_ap import MMDET, average_precision, voc_image
+from relloc.transfer.resize import FittedImage
 from relloc.transfer.voc0712_detection import Voc0712Detection
 
 sys.path.insert(0, str(Path(__file__).parent / "detection"))
@@ -449,7 +451,7 @@ def test_images_without_objects_are_refused_with_what_to_give(tmp_path: Path) ->
 
 def test_a_perfect_detector_has_an_ap_of_one() -> None:
     """The metric reads boxes of the data set as they are."""
-    from relloc.transfer.detection.batch import Detections
+    from relloc.transfer.detections import Detections
 
     images = []
     truth = Rectangles(n=7)

@@ -26,9 +26,9 @@ from relloc.results import Score
 from relloc.runs.resolvers import scaled_whole
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.detection.fast_rcnn import FastRcnn
-from relloc.transfer.detection.samples import FittedImage
 from relloc.transfer.metrics.voc_ap import MMDET, average_precision, voc_image
 from relloc.transfer.rescaled_alexnet import rescale_for_fine_tuning
+from relloc.transfer.resize import FittedImage
 from relloc.transfer.voc07_fast_rcnn import Voc07FastRcnn
 
 sys.path.insert(0, str(Path(__file__).parent / "detection"))
@@ -476,7 +476,7 @@ def test_it_runs_on_files_of_voc(tmp_path: Path) -> None:
 
 def test_the_metric_counts_the_last_pixels() -> None:
     """Boxes as they are read and found have a perfect overlap."""
-    from relloc.transfer.detection.batch import Detections
+    from relloc.transfer.detections import Detections
 
     truth = ProposedRectangles(n=7)
     images = []

@@ -4,21 +4,21 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms
 
-from relloc.transfer.detection.batch import Detections, Size, on_device
 from relloc.transfer.detection.boxes import ROI_STDS, clip, decode, encode
 from relloc.transfer.detection.groups import mean_over_groups
 from relloc.transfer.detection.regions import Regions
+from relloc.transfer.detections import Detections
+from relloc.transfer.resize import Size
+from relloc.transfer.to_device import on_device
 
 # Of Fast R-CNN's initial weights (Girshick 2015, section 2.3).
 _SCORE_STD = 0.01
 _MOVE_STD = 0.001
-# As many sample points in each bin as it has pixels of the map.
-_ADAPTIVE_SAMPLING = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,38 +34,6 @@ class DetectionRule:
     above_score: float = 0.05
     nms_overlap: float = 0.5
     most_per_image: int = 100
-
-
-def align(
-    features: Float[Tensor, "b c h w"],
-    boxes: Float[Tensor, "n 4"],
-    images: Int[Tensor, "n"],
-    *,
-    side: int,
-    stride: int,
-) -> Float[Tensor, "n c side side"]:
-    """Returns the features of each region by RoIAlign, aligned, and sampled at every pixel.
-
-    `stride` is that of the map. The computation is in float32, as in bfloat16 coordinates would be
-    wrong by pixels. The result has the type and the memory layout of the features.
-    """
-    # torchvision takes the number of the image and the corners as one row of floats.
-    image_column = images.unsqueeze(1).float()
-    rows = torch.cat([image_column, boxes.float()], dim=1)
-    # torchvision's decorator hides the type of roi_align from pyright.
-    aligned = roi_align(  # pyright: ignore[reportCallIssue]
-        features.float(),
-        rows,
-        output_size=side,
-        spatial_scale=1 / stride,
-        sampling_ratio=_ADAPTIVE_SAMPLING,
-        aligned=True,
-    )
-    # RoIAlign gives the contiguous layout, and convolutions in another one are slower.
-    layout = torch.contiguous_format
-    if features.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
-    return aligned.to(features.dtype, memory_format=layout)
 
 
 class BoxPredictor(nn.Module):

@@ -15,7 +15,6 @@ from torchvision.ops import roi_pool
 from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.alexnet import FineTunedAlexNet
-from relloc.transfer.detection.batch import Detections, Size, on_device
 from relloc.transfer.detection.box_head import (
     BoxPredictor,
     DetectionRule,
@@ -24,9 +23,12 @@ from relloc.transfer.detection.box_head import (
     of_own_class,
 )
 from relloc.transfer.detection.boxes import clip, decode, encode
-from relloc.transfer.detection.faster_rcnn_c4 import stride_of
 from relloc.transfer.detection.given_proposals import UNIT_STDS, RegionBatch
+from relloc.transfer.detection.strides import stride_of
+from relloc.transfer.detections import Detections
 from relloc.transfer.dropout import apply_layers
+from relloc.transfer.resize import Size
+from relloc.transfer.to_device import on_device
 
 TEST_RULE = DetectionRule(above_score=0.05, nms_overlap=0.3, most_per_image=100)
 # Cells along each side of a region, in place of CaffeNet's pool5.

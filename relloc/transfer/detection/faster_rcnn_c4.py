@@ -10,25 +10,26 @@ from torch import Tensor, nn
 
 from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
+from relloc.transfer.detection.align import align
 from relloc.transfer.detection.anchors import AnchorGrid
-from relloc.transfer.detection.batch import DetectionBatch, Detections, Size
+from relloc.transfer.detection.batch import DetectionBatch
 from relloc.transfer.detection.box_head import (
     BoxPredictor,
     DetectionRule,
-    align,
     box_losses,
     detections,
 )
 from relloc.transfer.detection.proposals import C4_TEST, C4_TRAINING, ProposalCounts, propose
 from relloc.transfer.detection.regions import RegionTraining, choose_regions
 from relloc.transfer.detection.rpn import RpnHead, RpnTraining, anchor_targets, rpn_losses
+from relloc.transfer.detection.strides import stride_of
+from relloc.transfer.detections import Detections
+from relloc.transfer.resize import Size
 
 # Square roots of the anchors' areas, in pixels.
 ANCHOR_SIZES = (32, 64, 128, 256, 512)
 # Cells of a region along each side. The fifth stage halves them to 7.
 _ALIGNED_SIDE = 14
-# Sides of the images on which strides are measured. They are multiples of any stride of a stage.
-_MEASURED_SIDES = (512, 1024)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,20 +173,3 @@ class FasterRCNNC4(nn.Module):
         hidden = self.norm(self.stage5(regions))
         pooled = hidden.mean(dim=(2, 3))
         return self.predictor(pooled)
-
-
-def stride_of(stages: nn.Module) -> int:
-    """Returns by how many pixels the cells of the map that `stages` make are apart.
-
-    It is measured, as rounding and padding of layers differ: twice the image has more cells.
-    """
-    # The meta device computes shapes without numbers, and thus without changing statistics.
-    shapes_only = copy.deepcopy(stages).to("meta").eval()
-    rows = []
-    for side in _MEASURED_SIDES:
-        image = torch.zeros(1, 3, side, side, device="meta")
-        rows.append(shapes_only(image).shape[-2])
-    # Padding adds as many cells to both maps, so the difference is free of it.
-    fewer_rows, more_rows = rows
-    smaller_side, larger_side = _MEASURED_SIDES
-    return (larger_side - smaller_side) // (more_rows - fewer_rows)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from relloc.transfer.detection.box_head import align
+from relloc.transfer.detection.align import align
 
 # Cells of the finest level that the side of a region divides by: 56 px at stride 4. Regions belong
 # to this level up to twice that side.

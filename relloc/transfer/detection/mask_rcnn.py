@@ -13,15 +13,17 @@ from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.detection.anchors import AnchorGrid, Anchors
 from relloc.transfer.detection.assign import AssignmentRule
-from relloc.transfer.detection.batch import DetectionBatch, Detections, Size
+from relloc.transfer.detection.batch import DetectionBatch
 from relloc.transfer.detection.box_head import DetectionRule, box_losses, detections
-from relloc.transfer.detection.faster_rcnn_c4 import stride_of
 from relloc.transfer.detection.fpn import FeaturePyramid, LevelRegions, align_levels, by_level
 from relloc.transfer.detection.fpn_heads import BOX_SIDE, MASK_INPUT_SIDE, BoxHead, MaskHead
 from relloc.transfer.detection.masks import mask_loss, mask_targets, positive_regions
 from relloc.transfer.detection.proposals import ProposalCounts, propose
 from relloc.transfer.detection.regions import RegionTraining, choose_regions
 from relloc.transfer.detection.rpn import RpnHead, RpnTraining, anchor_targets, rpn_losses
+from relloc.transfer.detection.strides import stride_of
+from relloc.transfer.detections import Detections
+from relloc.transfer.resize import Size
 
 # The values of mmdetection 2.28.2 (configs/_base_/models/mask_rcnn_r50_fpn.py).
 _TRAINING_PROPOSALS = ProposalCounts(before_nms=2_000, after_nms=1_000)

@@ -8,11 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, grid_sample, pad
 
-from relloc.transfer.detection.batch import Detections, Size, Targets, round_up_side
-from relloc.transfer.detection.box_head import align
+from relloc.transfer.detection.align import align
+from relloc.transfer.detection.batch import Targets, round_up_side
 from relloc.transfer.detection.fpn_heads import MASK_SIDE
 from relloc.transfer.detection.groups import mean_over_groups
 from relloc.transfer.detection.regions import Regions
+from relloc.transfer.detections import Detections
+from relloc.transfer.resize import Size
 
 # From this share or probability on, a cell or pixel belongs to the mask.
 _THRESHOLD = 0.5

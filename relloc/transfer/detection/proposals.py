@@ -9,8 +9,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from relloc.transfer.detection.anchors import Anchors
-from relloc.transfer.detection.batch import Size, on_device
 from relloc.transfer.detection.boxes import RPN_STDS, clip, decode
+from relloc.transfer.resize import Size
+from relloc.transfer.to_device import on_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

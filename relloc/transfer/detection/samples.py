@@ -15,8 +15,13 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.data.annotations import Mask, ObjectImages, Objects, decode_mask
-from relloc.transfer.detection.batch import DetectionBatch, Size, Targets, pad_images
-from relloc.transfer.resize import check_box, fitted_size, nearest_indices, resized_and_normalized
+from relloc.transfer.detection.batch import DetectionBatch, Targets, pad_images
+from relloc.transfer.resize import (
+    Size,
+    fitted_size,
+    nearest_indices,
+    resized_and_normalized,
+)
 from relloc.transfer.to_device import bytes_to_device, to_device
 
 # Pixels of a mask in a byte.
@@ -110,27 +115,6 @@ class RandomSizes:
             flip=flip,
             seed=seed,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FittedImage:
-    """The whole image, resized so that it fits into the box (long, short) of pixels.
-
-    Raises:
-        UsageError: `box` is no such box.
-    """
-
-    box: Sequence[int]
-
-    def __post_init__(self) -> None:
-        check_box("view.box", self.box)
-
-    def __str__(self) -> str:
-        return f"whole image fitted into {self.box[0]} x {self.box[1]} px"
-
-    def size(self, height: int, width: int) -> Size:
-        """Returns the size of an image after it was resized."""
-        return fitted_size(height, width, self.box)
 
 
 def trained_objects(objects: Objects, *, difficult: bool) -> Objects:

@@ -19,23 +19,21 @@ from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
 from relloc.transfer.detection.batch import (
     DetectionBatch,
-    Detections,
-    Size,
-    nothing_found,
     pad_images,
 )
 from relloc.transfer.detection.masks import pasted
 from relloc.transfer.detection.samples import (
     DetectionSample,
-    FittedImage,
     RandomSizes,
     prepared,
     to_batch,
     trained_objects,
 )
+from relloc.transfer.detections import Detections, nothing_found
 from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning, own_part
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
+from relloc.transfer.resize import FittedImage, Size
 from relloc.transfer.same_settings import same_settings
 
 T = TypeVar("T")

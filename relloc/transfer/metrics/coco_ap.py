@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from relloc.data.annotations import Objects, decode_mask
-from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detections import Detections
 
 # The order in which pycocotools summarizes. AP is the mean over IoU thresholds .50, .55, … .95,
 # AP50 and AP75 are at one of them; AR is recall with so many detections of a class in an image,

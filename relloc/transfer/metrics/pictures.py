@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from relloc.data.annotations import VOID, Objects, decode_mask
 from relloc.files import writing
-from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detections import Detections
 
 Rgb = tuple[int, int, int]
 Pixels = UInt8[np.ndarray, "h w 3"]

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from relloc.data.annotations import Objects
-from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detections import Detections
 
 # Recalls at which the definition of 2007 reads the precision. As in the references they are
 # floats of 64 bits, of which three are a little above their decimal: a recall of exactly 3/10

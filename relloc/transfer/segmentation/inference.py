@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from relloc import checks
-from relloc.transfer.resize import check_box, fitted_size, resized_and_normalized
+from relloc.transfer.resize import FittedImage, check_box, fitted_size, resized_and_normalized
 
 
 @runtime_checkable
@@ -42,20 +42,12 @@ class PixelClassifier(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WholeImage:
+class WholeImage(FittedImage):
     """Classifies all pixels of the image at once, fitted into the box (long, short) of pixels.
 
     Raises:
         UsageError: `box` is no such box.
     """
-
-    box: Sequence[int]
-
-    def __post_init__(self) -> None:
-        check_box("view.box", self.box)
-
-    def __str__(self) -> str:
-        return f"whole image fitted into {self.box[0]} x {self.box[1]} px"
 
     @torch.no_grad()
     def class_map(

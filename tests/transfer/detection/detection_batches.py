@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relloc.transfer.detection.batch import DetectionBatch, Size, Targets, pad_images
+from relloc.transfer.detection.batch import DetectionBatch, Targets, pad_images
+from relloc.transfer.resize import Size
 
 
 def targets(boxes: Sequence[Sequence[float]], classes: Sequence[int] | None = None) -> Targets:

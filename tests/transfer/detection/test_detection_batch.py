@@ -6,11 +6,11 @@ import torch
 from detection_batches import batch_of, targets
 
 from relloc.transfer.detection.batch import (
-    Detections,
     pad_images,
     round_up_side,
     stack_boxes,
 )
+from relloc.transfer.detections import Detections
 
 
 def test_images_are_padded_right_and_below_to_multiples_of_32() -> None:

@@ -9,10 +9,10 @@ import torch
 from detection_batches import random_objects, rows
 from torch import Tensor
 
+from relloc.transfer.detection.align import align
 from relloc.transfer.detection.box_head import (
     BoxPredictor,
     DetectionRule,
-    align,
     box_losses,
     detections,
 )

@@ -17,10 +17,11 @@ from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.transfer.detection.batch import DetectionBatch, pad_images
 from relloc.transfer.detection.boxes import overlaps
-from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4, stride_of
+from relloc.transfer.detection.faster_rcnn_c4 import C4Settings, FasterRCNNC4
 from relloc.transfer.detection.proposals import ProposalCounts
 from relloc.transfer.detection.regions import RegionTraining
 from relloc.transfer.detection.rpn import RpnTraining
+from relloc.transfer.detection.strides import stride_of
 from relloc.transfer.sync_batch_norm import CpuSyncBatchNorm, synchronize
 
 LITTLE = C4Settings(

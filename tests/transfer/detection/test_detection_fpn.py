@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relloc.transfer.detection.box_head import align
+from relloc.transfer.detection.align import align
 from relloc.transfer.detection.fpn import FeaturePyramid, align_levels, by_level
 
 STRIDES = [4, 8, 16, 32]

@@ -21,7 +21,7 @@ from relloc.transfer.detection.given_proposals import (
     target_statistics,
     to_region_batch,
 )
-from relloc.transfer.detection.samples import FittedImage
+from relloc.transfer.resize import FittedImage
 
 CPU = torch.device("cpu")
 Box = Sequence[float]

@@ -14,13 +14,14 @@ from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.transfer.detection.anchors import AnchorGrid
-from relloc.transfer.detection.batch import DetectionBatch, Size, Targets, pad_images
+from relloc.transfer.detection.batch import DetectionBatch, Targets, pad_images
 from relloc.transfer.detection.boxes import overlaps
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.masks import pasted
 from relloc.transfer.detection.proposals import ProposalCounts
 from relloc.transfer.detection.regions import RegionTraining
 from relloc.transfer.detection.rpn import RpnTraining
+from relloc.transfer.resize import Size
 from relloc.transfer.sync_batch_norm import CpuSyncBatchNorm, synchronize
 
 LITTLE = MaskRcnnSettings(

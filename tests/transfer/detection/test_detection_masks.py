@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relloc.transfer.detection import masks
-from relloc.transfer.detection.batch import Detections, Targets
+from relloc.transfer.detection.batch import Targets
 from relloc.transfer.detection.masks import (
     mask_loss,
     mask_targets,
@@ -18,6 +18,7 @@ from relloc.transfer.detection.masks import (
     positive_regions,
 )
 from relloc.transfer.detection.regions import Regions
+from relloc.transfer.detections import Detections
 
 # In double precision a share or probability nearer than this to the threshold may fall elsewhere.
 UNSURE = 1e-5

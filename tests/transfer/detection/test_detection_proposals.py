@@ -6,9 +6,9 @@ import torch
 from detection_batches import rows
 
 from relloc.transfer.detection.anchors import AnchorGrid
-from relloc.transfer.detection.batch import Size
 from relloc.transfer.detection.boxes import RPN_STDS
 from relloc.transfer.detection.proposals import C4_TEST, C4_TRAINING, ProposalCounts, propose
+from relloc.transfer.resize import Size
 
 CPU = torch.device("cpu")
 COUNTS = ProposalCounts(before_nms=60, after_nms=25)

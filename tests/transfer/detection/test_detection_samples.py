@@ -8,7 +8,8 @@ from made_objects import Rectangles
 
 from relloc.errors import UsageError
 from relloc.patches.normalize import ByDataset
-from relloc.transfer.detection.samples import FittedImage, RandomSizes, prepared, to_batch
+from relloc.transfer.detection.samples import RandomSizes, prepared, to_batch
+from relloc.transfer.resize import FittedImage
 
 CPU = torch.device("cpu")
 SIZES = RandomSizes(short_px=[40, 56, 80], long_px=100)

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from relloc.data.annotations import Mask, Objects, Polygons, RunLengths
-from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.coco_ap import (
     STATISTICS,
     CocoImage,

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from relloc.data.annotations import Objects, RunLengths
-from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.pictures import (
     draw_class_maps,
     draw_detections,

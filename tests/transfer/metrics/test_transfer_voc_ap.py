@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relloc.data.annotations import Objects
-from relloc.transfer.detection.batch import Detections
+from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
     DETECTRON2,
