@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import functools
-from collections import Counter
-from typing import Any
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from detection_batches import batch_of, part, random_objects, targets
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import nms
 
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.resnet import ResNetBackbone
@@ -204,33 +204,45 @@ def test_images_are_detected_alone_as_in_a_batch() -> None:
         assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that have to wait for a GPU, as the sizes of results depend on data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split("::")[1]
-        if name.split(".")[0] in ("nonzero", "masked_select", "_local_scalar_dense", "_unique2"):
-            self.counts[name] += 1
-        if name == "nms":
-            self.counts[name] += 1
-        if name.startswith("index."):
-            # An index of flags is turned into one of numbers, which are counted first.
-            flags = [index for index in args[1] if index is not None and index.dtype == torch.bool]
-            self.counts["index by flags"] += len(flags)
-        return func(*args, **(kwargs or {}))
+def waits(compute: Callable[[], object]) -> int:
+    """Returns how often the host waits for the GPU in a computation."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            compute()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return len([each for each in caught if "synchronizing CUDA operation" in str(each.message)])
 
 
+@pytest.mark.gpu
 def test_losses_wait_for_the_device_only_to_suppress_and_to_count() -> None:
-    network = small().eval()
+    device = torch.device("cuda")
+    network = small().to(device).eval()
     batch = four_images()
-    with Operations() as operations:
+    on_gpu = []
+    for each in batch.targets:
+        moved = dataclasses.replace(
+            each, boxes=each.boxes.to(device), classes=each.classes.to(device)
+        )
+        on_gpu.append(moved)
+    batch = dataclasses.replace(batch, images=batch.images.to(device), targets=on_gpu)
+
+    def compute() -> None:
         losses = network.losses(batch)
-        sum(losses.values()).backward()
-    assert +operations.counts == {"nms": 4, "nonzero": 1}
+        torch.stack(list(losses.values())).sum().backward()
+
+    # The first time, memory and kernels are prepared.
+    compute()
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 11.0, 11.0]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    to_suppress = waits(lambda: nms(boxes, scores, 0.5))
+    to_count = waits(lambda: torch.nonzero(scores))
+    assert to_count > 0
+    # Each image is suppressed by itself, and all are counted at once.
+    assert waits(compute) <= len(batch.images) * to_suppress + to_count
 
 
 def test_batch_norms_can_be_synchronized() -> None:

@@ -1,0 +1,95 @@
+"""Eight real images of each data set, read from a split of their own by the package's readers."""
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from relloc.data.coco import coco
+from relloc.data.image_set import Splits
+from relloc.data.lists import voc
+from relloc.data.voc_masks import voc_segmentation
+from relloc.data.voc_objects import voc_detection
+
+# Two of each are portraits. Their objects are large enough for a small network on small images.
+_VOC_IMAGES = (
+    *("2007_000256", "2007_000876", "2007_001595", "2007_002611"),
+    *("2007_004423", "2007_001397", "2007_006585", "2007_009709"),
+)
+# Without bicycles, whose masks are thinner than the cells of a small map.
+_VOC_MASKS = (
+    *("2007_000256", "2007_000876", "2007_001595", "2007_002611"),
+    *("2007_004423", "2007_005264", "2007_006704", "2007_009709"),
+)
+_COCO_IMAGES = (30, 370, 436, 491, 24577, 144941, 173350, 213148)
+_SPLIT = "eight"
+
+
+def voc_objects(folder: Path) -> Splits:
+    """Returns the images with boxes. Both splits are the same images, as in all these sets."""
+    splits = voc_detection(
+        root=str(_voc(folder)),
+        years=[2012],
+        train=_SPLIT,
+        held_out="test",
+        held_out_year=2012,
+        reference="mmdet",
+    )
+    return _tested_on_what_is_trained(splits)
+
+
+def voc_masks(folder: Path) -> Splits:
+    """Returns the images with class maps."""
+    splits = voc_segmentation(
+        name="voc2012", root=str(_voc(folder)), train=_SPLIT, held_out="val", aug=None
+    )
+    return _tested_on_what_is_trained(splits)
+
+
+def voc_presence(folder: Path) -> Splits:
+    """Returns the images with the classes that they show."""
+    root = str(_voc(folder))
+    splits = voc(name="voc2012", root=root, year=2012, train=_SPLIT, held_out="test")
+    return _tested_on_what_is_trained(splits)
+
+
+def coco_objects(folder: Path) -> Splits:
+    """Returns the images with boxes and masks."""
+    root = _unpacked("coco_tiny", folder)
+    annotations = root / "annotations"
+    content = json.loads((annotations / "instances_train2017.json").read_text())
+    images = [image for image in content["images"] if image["id"] in _COCO_IMAGES]
+    objects = [each for each in content["annotations"] if each["image_id"] in _COCO_IMAGES]
+    chosen = {**content, "images": images, "annotations": objects}
+    (annotations / f"instances_{_SPLIT}.json").write_text(json.dumps(chosen))
+    (root / _SPLIT).mkdir()
+    for image in images:
+        shutil.copy(root / "train2017" / image["file_name"], root / _SPLIT)
+    splits = coco(name="coco2017", root=str(root), train=_SPLIT, held_out="val2017")
+    return _tested_on_what_is_trained(splits)
+
+
+def _tested_on_what_is_trained(splits: Splits) -> Splits:
+    assert len(splits.train) == 8
+    return Splits(train=splits.train, held_out=splits.train)
+
+
+def _voc(folder: Path) -> Path:
+    """Unpacks VOC, and writes the list of the images for each kind of annotation."""
+    root = _unpacked("voc_tiny", folder)
+    for kind, names in (("Main", _VOC_IMAGES), ("Segmentation", _VOC_MASKS)):
+        path = root / "VOCdevkit" / "VOC2012" / "ImageSets" / kind / f"{_SPLIT}.txt"
+        path.write_text("\n".join(names))
+    return root
+
+
+def _unpacked(name: str, folder: Path) -> Path:
+    tars = os.environ.get("RELLOC_TEST_DATA")
+    if not tars:
+        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
+    with tarfile.open(Path(tars) / f"{name}.tar") as tar:
+        tar.extractall(folder, filter="data")
+    return folder / name
