@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pycocotools import mask as oracle
 
 from relloc.data.annotations import Polygons, RunLengths, decode_mask
 from relloc.data.coco import counts_of_text
@@ -19,6 +18,7 @@ polygons = st.lists(coordinates, min_size=6, max_size=24).map(
 
 @given(st.lists(polygons, min_size=1, max_size=3), st.integers(1, 60), st.integers(1, 60))
 def test_polygons_are_drawn_as_by_pycocotools(parts: list[list[float]], height: int, width: int):
+    oracle = pytest.importorskip("pycocotools.mask")
     expected = oracle.decode(oracle.merge(oracle.frPyObjects(parts, height, width)))
     mask = Polygons(parts=tuple(np.array(part) for part in parts))
     drawn = decode_mask(mask, height, width)
@@ -28,6 +28,7 @@ def test_polygons_are_drawn_as_by_pycocotools(parts: list[list[float]], height: 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
 def test_run_lengths_are_decoded_as_by_pycocotools(height: int, width: int, seed: int):
+    oracle = pytest.importorskip("pycocotools.mask")
     pixels = np.random.default_rng(seed).integers(0, 2, (height, width)).astype(np.uint8)
     encoded = oracle.encode(np.asfortranarray(pixels))
     # Compressed text, as tools for COCO write it.

@@ -17,7 +17,6 @@ from annotated_sets import (
     write_coco,
     write_text,
 )
-from pycocotools import mask as oracle
 
 from relloc.data.annotated_folders import ObjectFolder
 from relloc.data.annotations import (
@@ -94,6 +93,7 @@ def test_a_mask_of_several_parts(tmp_path: Path):
 
 
 def test_run_lengths_may_be_compressed_as_pycocotools_writes_them(tmp_path: Path):
+    oracle = pytest.importorskip("pycocotools.mask")
     crowd = crowd_annotation(3, 9)
     encoded = oracle.frPyObjects(crowd["segmentation"], HEIGHT, WIDTH)
     text = {"counts": encoded["counts"].decode(), "size": [HEIGHT, WIDTH]}

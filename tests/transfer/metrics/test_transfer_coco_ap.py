@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval import mask as rasterizer
-from pycocotools import mask as coco_masks
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from relloc.data.annotations import Mask, Objects, Polygons, RunLengths
 from relloc.transfer.detections import Detections
@@ -117,6 +114,7 @@ def of_scene(one: Scene) -> CocoImage:
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    coco_masks = pytest.importorskip("pycocotools.mask")
     return coco_masks.encode(np.asfortranarray(mask))
 
 
@@ -124,6 +122,8 @@ def by_pycocotools(
     made: list[Scene], kind: Kind, n_classes: int = N_CLASSES
 ) -> tuple[np.ndarray, np.ndarray]:
     """The twelve statistics, and AP by class, of COCO's own code."""
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
     images, annotations, results = [], [], []
     for image_id, one in enumerate(made, start=10):
         images.append({"id": image_id, "height": one.size[0], "width": one.size[1]})
@@ -150,7 +150,7 @@ def by_pycocotools(
             else:
                 result["bbox"] = [x1, y1, x2 - x1, y2 - y1]
             results.append(result)
-    truth = COCO()
+    truth = coco.COCO()
     truth.dataset = {
         "info": {},
         "images": images,
@@ -160,7 +160,7 @@ def by_pycocotools(
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         iou_type = "segm" if kind == "masks" else "bbox"
-        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), iou_type)
+        evaluation = cocoeval.COCOeval(truth, truth.loadRes(copy.deepcopy(results)), iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
