@@ -71,7 +71,6 @@ class SmallVoc0712Detection(Voc0712Detection):
             training_proposals=LITTLE_TRAINING,
             test_proposals=LITTLE_TEST,
             regions=LITTLE_REGIONS,
-            images_per_gpu=self.images_per_gpu,
         )
         n_classes = len(context.splits.train.classes)
         return FasterRCNNC4(context.backbone, n_classes, settings, seed=context.seed)
@@ -90,7 +89,6 @@ class SmallCocoMaskRcnn(CocoMaskRcnnFpn1x):
             training_proposals=LITTLE_TRAINING,
             test_proposals=LITTLE_TEST,
             regions=dataclasses.replace(LITTLE_REGIONS, rule=defaults.regions.rule),
-            images_per_gpu=self.images_per_gpu,
         )
         n_classes = len(context.splits.train.classes)
         return MaskRCNNFPN(context.backbone, n_classes, settings, seed=context.seed)

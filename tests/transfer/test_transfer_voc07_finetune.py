@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import os
 import tarfile
@@ -109,7 +110,9 @@ def given(**changes: Any) -> Context:
     return context(**{"splits": small_splits(), **changes})
 
 
+@functools.cache
 def alexnet() -> AlexNetBackbone:
+    """The same one for all tests, as its weights take seconds to draw; networks copy it."""
     torch.manual_seed(0)
     return AlexNetBackbone().eval()
 
