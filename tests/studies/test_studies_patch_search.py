@@ -1,0 +1,103 @@
+"""Nearest patches that count, beside a plain loop over the full matrix of similarities."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from relloc.data.folder import FolderImages
+from relloc.errors import UsageError
+from relloc.studies.patch_search import NONE, nearest_patches, source_groups
+from relloc.studies.patch_sets import unit_vectors
+
+
+def plainly(
+    queries: Tensor, vectors: Tensor, groups: Tensor, k: int, own: Tensor, one_per_group: bool
+) -> tuple[list[list[int]], list[list[float]]]:
+    matrix = queries.double() @ vectors.double().T
+    all_rows, all_similarities = [], []
+    for query, similarities in enumerate(matrix):
+        rows: list[int] = []
+        seen = {int(own[query])}
+        for row in np.argsort(-similarities.numpy(), kind="stable").tolist():
+            group = int(groups[row])
+            if group in seen or len(rows) == k:
+                continue
+            rows.append(row)
+            if one_per_group:
+                seen.add(group)
+        missing = k - len(rows)
+        all_rows.append(rows + [NONE] * missing)
+        all_similarities.append([float(similarities[row]) for row in rows] + [0.0] * missing)
+    return all_rows, all_similarities
+
+
+@given(
+    n=st.integers(1, 60),
+    n_groups=st.integers(1, 12),
+    k=st.integers(1, 9),
+    one_per_group=st.booleans(),
+    exclude_own=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_neighbors_are_those_of_the_full_matrix(
+    n: int, n_groups: int, k: int, one_per_group: bool, exclude_own: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = unit_vectors(torch.randn(n, 8, generator=generator))
+    # Patches of an image are similar, as they are in fact.
+    groups = torch.randint(n_groups, (n,), generator=generator)
+    centers = torch.randn(n_groups, 8, generator=generator)
+    vectors = unit_vectors(vectors + 2 * centers[groups])
+    queries = vectors[:5]
+    own = groups[:5] if exclude_own else torch.full((len(queries),), NONE)
+    found = nearest_patches(
+        queries, vectors, groups, k, own_groups=own, one_per_group=one_per_group, name="made"
+    )
+    rows, similarities = plainly(queries, vectors, groups, k, own, one_per_group)
+    assert found.rows.tolist() == rows
+    np.testing.assert_allclose(found.similarities.numpy(), similarities, atol=1e-6)
+
+
+def test_float16_vectors_of_one_huge_image_are_searched_to_the_end() -> None:
+    generator = torch.Generator().manual_seed(1)
+    vectors = unit_vectors(torch.randn(3000, 16, generator=generator))
+    # All but the last patches are of one image, and nearer to the query than the others.
+    groups = torch.zeros(3000, dtype=torch.int64)
+    groups[-3:] = torch.tensor([1, 2, 3])
+    query = vectors[:1]
+    vectors[:-3] = unit_vectors(vectors[:-3] + 5 * query)
+    vectors = vectors.half()
+    found = nearest_patches(
+        query, vectors, groups, 3, own_groups=torch.tensor([NONE]), one_per_group=True, name="made"
+    )
+    rows, _ = plainly(query, vectors, groups, 3, torch.tensor([NONE]), True)
+    assert found.rows.tolist() == rows
+    others = nearest_patches(
+        query, vectors, groups, 3, own_groups=torch.tensor([0]), one_per_group=False, name="made"
+    )
+    assert set(others.rows[0].tolist()) == {2997, 2998, 2999}
+
+
+def test_vectors_that_are_not_finite_are_refused() -> None:
+    vectors = torch.randn(20, 4)
+    vectors[3, 2] = float("nan")
+    with pytest.raises(UsageError, match="made: 1 of 20"):
+        nearest_patches(
+            torch.randn(2, 4),
+            vectors,
+            torch.arange(20),
+            2,
+            own_groups=torch.tensor([NONE, NONE]),
+            one_per_group=True,
+            name="made",
+        )
+
+
+def test_images_of_one_source_are_one_group() -> None:
+    paths = ["a.jpg", "b.jpg", "a.jpg", "c.jpg"]
+    images = FolderImages(name="made", split="train", paths=paths, labels=[], classes=())
+    groups = source_groups(images, torch.tensor([1, 1, 0, 3, 2]))
+    assert groups.tolist() == [0, 0, 1, 2, 1]
