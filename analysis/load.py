@@ -4,20 +4,15 @@ They are read from the run folders, which hold the truth, and not from MLflow, w
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from pathlib import Path
 
 import pandas as pd
 
-from relloc import neutral
-from relloc.reports.lines import RUN_WEIGHTS
+from relloc.reports.pretrainings import pretraining_of
 from relloc.results import REFERENCE_MODELS, RESULTS_FILE, read_results
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.record import RUN_FILE
-
-_HASH_DIGITS = 8
 
 
 def runs_folder() -> Path:
@@ -56,7 +51,8 @@ def load_results(runs: Path) -> pd.DataFrame:
                 study, settings = weights, ""
             else:
                 weights = "pretrained"
-                study, settings = _study(record, result.checkpoint)
+                pretraining = pretraining_of(record, result.checkpoint)
+                study, settings = pretraining.name, pretraining.settings
             row = dataclasses.asdict(result)
             row["run"] = record.name
             row["study"] = study
@@ -70,38 +66,6 @@ def load_results(runs: Path) -> pd.DataFrame:
             "run python -m relloc.train, or set RELLOC_RUNS"
         )
     return pd.DataFrame(rows)
-
-
-def _study(record: RunRecord, checkpoint: str) -> tuple[str, str]:
-    """Returns the name of a checkpoint's study and the hash of its settings, "" if not known.
-
-    Args:
-        record: The record of the run that has the result.
-        checkpoint: The evaluated file.
-    """
-    # A pretraining evaluates its own weights
-    if record.tags.get("relloc.kind") == "train":
-        return _without_seed(record)
-    # A run's backbone lies in its folder, and its checkpoints one folder below
-    file = Path(checkpoint)
-    for folder in file.parents[:2]:
-        if (folder / RUN_FILE).exists():
-            name, settings = _without_seed(RunRecord.read(folder))
-            is_backbone = folder == file.parent
-            return name if is_backbone else f"{name} {file.stem}", settings
-    # The file of another project, or of a run that is gone
-    return file.parent.name if file.name == RUN_WEIGHTS else file.stem, ""
-
-
-def _without_seed(record: RunRecord) -> tuple[str, str]:
-    """Returns a pretraining's name and the hash of its settings, both without the seed."""
-    settings = neutral.settings_of_weights(record.params)
-    # Names of runs have the seed as a word, such as s0
-    seed_word = f"s{settings.pop('seed', 0)}"
-    words = [word for word in record.name.split(" ") if word != seed_word]
-    text = json.dumps(settings, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return " ".join(words), digest[:_HASH_DIGITS]
 
 
 def load_curves(runs: Path) -> pd.DataFrame:

@@ -2,10 +2,13 @@
 
 With --format and --out the report is written as Markdown, CSV, HTML or LaTeX. With sweep=NAME it
 covers one sweep of runs/sweeps: a line for each setting, a column for each layer, and a picture.
+From five settings on it also tells how well measures without labels rank runs by their accuracy;
+with --prediction that is all.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +17,9 @@ from pathlib import Path
 from relloc import terminal
 from relloc.errors import UsageError
 from relloc.reports.as_csv import as_csv
-from relloc.reports.load import find_measured
+from relloc.reports.load import Measured, find_measured
 from relloc.reports.missing import FILL_CARD
+from relloc.reports.observations import FEWEST_POINTS, Observations, observations
 from relloc.reports.published import PUBLISHED_MODEL
 from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.table import ROWS, Report, make_report
@@ -48,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sweeps = [word for word in options.folders if _names_sweep(word)]
         # A second sweep or folder beside the first is refused in `_report_sweep`
+        if options.prediction:
+            _report_prediction(sweeps, options)
+            return 0
         has_card_model = _report_sweep(sweeps[0], options) if sweeps else _report_runs(options)
         _suggest_next(options, has_card_model=has_card_model)
     except UsageError as error:
@@ -110,6 +117,12 @@ def parser() -> argparse.ArgumentParser:
         help="metrics of a sweep to show in place of the headline metrics, "
         "for example 'linear*/top1_tuned'",
     )
+    words.add_argument(
+        "--prediction",
+        action="store_true",
+        help="only rank correlations of measures without labels (eval=label_free, pretext "
+        "accuracy) with accuracies, over the runs; as CSV with a line for each",
+    )
     words.add_argument("--out", metavar="FILE", type=Path, help="write to FILE, don't print")
     return words
 
@@ -129,13 +142,84 @@ def _report_runs(options: argparse.Namespace) -> bool:
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
         raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
-    # A sweep's folder stands for the run folders of its points
+    measured = find_measured(_all_run_folders(options))
+    report = make_report(measured, options.rows)
+    # CSV has the results alone
+    if render is not as_csv:
+        report = _with_prediction(report, measured)
+    _output(render(report), options.out)
+    return any(each.result.model == PUBLISHED_MODEL for each in measured)
+
+
+def _all_run_folders(options: argparse.Namespace) -> list[Path]:
+    """Returns the folders named by the command line; a sweep's stands for those of its points."""
     runs = []
     for folder in options.folders or [runs_folder()]:
         runs += _run_folders(Path(folder))
-    measured = find_measured(runs)
-    _output(render(make_report(measured, options.rows)), options.out)
-    return any(each.result.model == PUBLISHED_MODEL for each in measured)
+    return runs
+
+
+def _report_prediction(sweeps: Sequence[str], options: argparse.Namespace) -> None:
+    """Reports how well measures without labels predict accuracies."""
+    if len(sweeps) > 1 or (sweeps and len(options.folders) > 1):
+        raise UsageError(
+            f"{sweeps[0]} is reported alone: leave out the other folders and sweeps, or name all "
+            "by their folders"
+        )
+    if options.rows != ROWS[0] or options.metrics is not None:
+        raise UsageError(
+            "--prediction takes all measures and accuracies: leave out --rows and --metrics"
+        )
+    form = _format(options, _FORMATS)
+    if sweeps:
+        sweep = find_sweep(sweeps[0])
+        of = f"sweep {sweep.name}"
+        folders = _run_folders(sweep.folder)
+    else:
+        of = ", ".join(options.folders) or str(runs_folder())
+        folders = _all_run_folders(options)
+    observed = observations(find_measured(folders))
+    # Imported here, as scipy.stats takes a while
+    from relloc.reports.prediction import (
+        as_prediction_csv,
+        check_enough,
+        prediction_report,
+        predictions,
+    )
+
+    check_enough(observed, of)
+    found = predictions(observed)
+    if form == "csv":
+        text = as_prediction_csv(found)
+    else:
+        text = _RENDER[form](prediction_report(found, f"Prediction of accuracy, {of}"))
+    _output(text, options.out)
+
+
+def _with_prediction(report: Report, measured: Sequence[Measured]) -> Report:
+    """Returns the report with the tables of how well measures without labels predict accuracies.
+
+    With too few points it is the report as it was, with a line that says so if there are measures
+    of features.
+    """
+    observed = observations(measured)
+    if observed.n_points >= FEWEST_POINTS:
+        # Imported here, as scipy.stats takes a while, which other reports need not wait for
+        from relloc.reports.prediction import prediction_group, predictions
+
+        group = prediction_group(predictions(observed))
+        groups = (*report.groups, group) if group.tables else report.groups
+        return dataclasses.replace(report, groups=groups)
+    return dataclasses.replace(report, legend=(*report.legend, *_too_few(observed)))
+
+
+def _too_few(observed: Observations) -> Iterator[str]:
+    """Yields the line of the legend that says why no correlations are shown."""
+    if observed.has_features and observed.n_points > 1:
+        yield (
+            f"Whether measures without labels predict accuracy can be told of {FEWEST_POINTS} "
+            f"settings or more: there are {observed.n_points}."
+        )
 
 
 def _report_sweep(word: str, options: argparse.Namespace) -> bool:
@@ -164,7 +248,9 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
         for point, state in zip(points, states, strict=True):
             if state in _NOT_IN_FLIGHT:
                 commands.append(point.again)
-        _output(_RENDER[form](as_report(numbers, commands)), options.out)
+        report = as_report(numbers, commands)
+        measured = find_measured([point.folder for point in points if point.folder.is_dir()])
+        _output(_RENDER[form](_with_prediction(report, measured)), options.out)
     has_card_model = bool((numbers.rows["model"] == PUBLISHED_MODEL).any())
     # A picture is drawn where one is asked for, and beside a report that is printed by default
     is_default = options.format is None and options.out is None

@@ -58,6 +58,7 @@ class Use(enum.Enum):
     LIDAR_PATCHES = "places of the patches of an image that LiDAR compares: seed, image"
     DENSE_GROUPS = "which images DSE puts into a group: seed"
     DENSE_GROUP_CLUSTERS = "first centroids of the clusters of a group of images: seed, group"
+    BOOTSTRAP = "settings that a bootstrap of correlations draws again: no number"
     DENSE_IMAGE_CLUSTERS = "first centroids of the clusters of an image: seed, image"
     STUDY_PATCHES = "boxes of the patches that a study cuts from an image: seed, image"
 

@@ -16,6 +16,7 @@ ANALYSIS = Path(__file__).parents[2] / "analysis"
 NOTEBOOKS = sorted(path for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
 TOLD = {
     "accuracy_by_layer": ("31.0", "65.0"),  # random, feature1; pretrained, feature5
+    "label_free": ("RankMe", "1.0", "-1.0"),  # of a measure that goes with accuracy, or against it
     "sweep": (
         "10.08",
         "0.71",
@@ -88,12 +89,52 @@ def runs(tmp_path, monkeypatch) -> Path:
 
 
 def test_there_is_a_notebook_to_execute():
-    assert [path.stem for path in NOTEBOOKS] == ["accuracy_by_layer", "sweep", "training_curves"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "accuracy_by_layer",
+        "label_free",
+        "sweep",
+        "training_curves",
+    ]
+
+
+def measure_without_labels(runs: Path) -> None:
+    """Adds pretrainings whose RankMe goes with the accuracy of feature4 and against feature5's."""
+    names = {"dataset": "photos", "split": "held_out", "n": 100, "model": "small"}
+    for gap, seed in itertools.product(range(6), range(2)):
+        folder = runs / f"measured gap{gap} s{seed}"
+        folder.mkdir()
+        RunRecord(
+            name=f"gap{gap} s{seed}",
+            experiment="relloc",
+            tags={"relloc.kind": "train"},
+            params={"grid.gap_px": gap, "seed": seed},
+        ).write(folder)
+        value = 10.0 * gap + seed
+        shared = {**names, "seed": seed, "headline": True, "checkpoint": "x/backbone.safetensors"}
+        rows = [Result(eval="pretext", kind="pretext", metric="top1", value=50 + gap, **shared)]
+        for layer, accuracy in (("feature4", 30 + value), ("feature5", 90 - value)):
+            of_layer = {**shared, "layer": layer}
+            rows.append(Result(eval="knn", metric="top1_k20", value=accuracy, **of_layer))
+            rows.append(
+                Result(
+                    eval="label_free",
+                    table="Label-free measures",
+                    metric="rankme",
+                    variant="RankMe",
+                    unit="directions",
+                    higher_is_better=None,
+                    value=value,
+                    **of_layer,
+                )
+            )
+        append_results(folder, rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_draws(path, runs):
+    if path.stem == "label_free":
+        measure_without_labels(runs)
     notebook = jupytext.read(path)
     NotebookClient(
         notebook,
@@ -109,6 +150,12 @@ def test_a_notebook_runs_and_draws(path, runs):
     for value in TOLD[path.stem]:
         assert value in table
     assert (runs / f"{path.stem}.png").stat().st_size > 10_000
+    if path.stem == "label_free":
+        # Neither sign of either measure stands at both layers
+        [answer] = [each["text"] for each in outputs if "direction" in each.get("text", "")]
+        assert answer.startswith("**No")
+        assert "2 measures" in answer
+        assert "6 settings" in answer
 
 
 @pytest.mark.parametrize(
