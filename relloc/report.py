@@ -192,7 +192,7 @@ def _report_prediction(sweeps: Sequence[str], options: argparse.Namespace) -> No
     if form == "csv":
         text = as_prediction_csv(found)
     else:
-        text = _RENDER[form](prediction_report(found, f"Prediction of accuracy, {of}"))
+        text = _RENDER[form](prediction_report(found, f"Measures and accuracies of {of}"))
     _output(text, options.out)
 
 
@@ -205,11 +205,16 @@ def _with_prediction(report: Report, measured: Sequence[Measured]) -> Report:
     observed = observations(measured)
     if observed.n_points >= FEWEST_POINTS:
         # Imported here, as scipy.stats takes a while, which other reports need not wait for
-        from relloc.reports.prediction import prediction_group, predictions
+        from relloc.reports.prediction import LEGEND, prediction_group, predictions
 
         group = prediction_group(predictions(observed))
-        groups = (*report.groups, group) if group.tables else report.groups
-        return dataclasses.replace(report, groups=groups)
+        if not group.tables:
+            return report
+        return dataclasses.replace(
+            report,
+            groups=(*report.groups, group),
+            legend=(*report.legend, LEGEND),
+        )
     return dataclasses.replace(report, legend=(*report.legend, *_too_few(observed)))
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from relloc.features.k_means import distances_to_others, k_means
+from relloc.features.k_means import distances_to_others, k_means, memberships
 from relloc.seeds import Use, seed_for
 
 IMAGE_CLUSTERS = 3
@@ -226,8 +226,7 @@ def spreads(
     than two points have none, which is nan.
     """
     n_sets, n, d = points.shape
-    counts = torch.zeros(n_sets, k, dtype=torch.int64, device=points.device)
-    counts.scatter_add_(1, labels, torch.ones_like(labels))
+    counts = memberships(labels, k).sum(dim=2)
     # The points of a cluster stand together in this order, from the cluster's first position on.
     order = labels.argsort(dim=1, stable=True)
     firsts = counts.cumsum(dim=1) - counts

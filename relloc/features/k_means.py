@@ -92,12 +92,13 @@ def _drawn(
     u: Float64[Tensor, "sets"],
 ) -> Int64[Tensor, "sets"]:
     """Returns for each set an index with a probability in proportion to its weight."""
-    sums = weights.cumsum(dim=1)
-    wanted = u[:, None] * sums[:, -1:]
+    # On the CPU, as GPUs have no cumulative sum that is the same each time.
+    sums = weights.cpu().cumsum(dim=1)
+    wanted = u.cpu()[:, None] * sums[:, -1:]
     # The first index whose sum exceeds the wanted one, so that none of weight 0 is drawn.
     indices = torch.searchsorted(sums, wanted, right=True).squeeze(1)
     last = weights.shape[1] - 1
-    return indices.clamp(max=last)
+    return indices.clamp(max=last).to(weights.device)
 
 
 def _nearest(points: Points, centroids: Centroids) -> Labels:
@@ -134,5 +135,6 @@ def distances_to_others(points: Points, clusters: Clusters) -> Float[Tensor, "se
         # Exact differences: products would lose half the digits of small distances.
         compute_mode="donot_use_mm_for_euclid_dist",
     )
-    own = clusters.labels[:, :, None]
-    return distances.scatter(2, own, torch.inf).amin(dim=2)
+    k = clusters.centroids.shape[1]
+    is_own = memberships(clusters.labels, k).transpose(1, 2)
+    return distances.masked_fill(is_own, torch.inf).amin(dim=2)

@@ -77,12 +77,14 @@ class ViewScatter:
             raise ValueError(f"{self.n} images have the same mean feature")
         identity = torch.eye(d, dtype=means.dtype, device=means.device)
         within = within + _RIDGE * mean_variance * identity
-        # With the Cholesky factor L of W', L^-1 B L^-T has the eigenvalues of W'^-1/2 B W'^-1/2.
-        # They are squares of the singular values of L^-1 times the centered means. Numbers that B
-        # and W are divided by scale all eigenvalues alike, and so p not at all.
+        # With the Cholesky factor L of W', L^-1 B L^-T has the eigenvalues of W'^-1/2 B W'^-1/2,
+        # and so has, but for zeros, the matrix of products of the images. Numbers that B and W are
+        # divided by scale all eigenvalues alike, and so p not at all.
         factor = torch.linalg.cholesky(within)
         whitened = torch.linalg.solve_triangular(factor, centered.T, upper=False)
-        eigenvalues = torch.linalg.svdvals(whitened).square()
+        products = whitened.T @ whitened if self.n <= d else whitened @ whitened.T
+        # Rounding may leave zeros below 0.
+        eigenvalues = torch.linalg.eigvalsh(products).clamp(min=0)
         p = eigenvalues / eigenvalues.sum()
         entropy = torch.special.entr(p).sum()
         return float(entropy.exp())

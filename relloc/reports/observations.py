@@ -172,7 +172,8 @@ def _quantity(each: Measured) -> Quantity:
         eval=row.eval,
         kind=row.kind,
         metric=row.metric,
-        variant=row.variant,
+        # Nearest neighbors have a line of a table, which the variant names, for each layer
+        variant="" if row.variant == row.layer else row.variant,
         # Of a network that is fine-tuned, all layers count
         layer="" if row.kind == "fine-tuned" else row.layer,
         dataset=row.dataset,

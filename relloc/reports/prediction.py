@@ -26,11 +26,11 @@ _DRAWS = 2000
 _LOW, _HIGH = 2.5, 97.5  # percentiles of a 95 % interval
 _WHOLE_NETWORK = "network"  # the column of correlations of which neither side is of a layer
 TITLE = "Do measures without labels predict accuracy?"
-_CAPTION = (
-    "Correlations of ranks over runs, and in parentheses the 95 % interval (percentiles of "
-    f"{_DRAWS:,} draws of a bootstrap) over settings, whose seeds stay together. {MISSING}: fewer "
-    f"than {FEWEST_POINTS} settings, or all values are the same. Random and supervised weights "
-    "are left out."
+LEGEND = (
+    f"{TITLE} Correlations of ranks over runs, each with its 95 % interval: percentiles of "
+    f"{_DRAWS:,} draws of a bootstrap over settings, whose seeds stay together. Of few settings "
+    "such intervals are too narrow rather than too wide. Random and supervised weights are left "
+    f"out. {MISSING}: fewer than {FEWEST_POINTS} settings, or all values are the same."
 )
 
 Vector = Float[np.ndarray, "m"]
@@ -218,7 +218,7 @@ def prediction_report(found: Sequence[Prediction], title: str) -> Report:
     return Report(
         title=title,
         groups=(prediction_group(found),),
-        legend=(),
+        legend=(LEGEND,),
         advice="",
         missing=(),
     )
@@ -260,7 +260,6 @@ def _table(accuracy: Quantity, found: Sequence[Prediction]) -> Table:
             rows.append(row)
     return Table(
         title=_title(accuracy, found),
-        caption=_CAPTION,
         columns=tuple(column or _WHOLE_NETWORK for column in columns),
         rows=tuple(rows),
     )

@@ -164,7 +164,8 @@ def test_layers_are_held_against_their_own_and_networks_against_all(
             row("rankme", -rank, "feature4"),
             row("dse_between", 1.0),
             row("top1", rank, "feature3"),
-            row("top1", rank, "feature4"),
+            # As nearest neighbors name their lines
+            row("top1", rank, "feature4", variant="feature4"),
             row("miou", rank),
             row("rankme", 1000.0, checkpoint="random"),
             row("top1", 0.0, checkpoint="random"),
@@ -187,6 +188,11 @@ def test_layers_are_held_against_their_own_and_networks_against_all(
     assert rhos["RankMe", "miou", "feature4"] == pytest.approx(-1)
     assert -1 < rhos["pretext accuracy", "miou", ""] < -0.9  # ties of seeds
     assert {(each.n_weights, each.n_points) for each in found.values()} == {(12, 6)}
+    tables = prediction_group(list(found.values())).tables
+    assert [table.columns for table in tables] == [
+        ("feature3", "feature4"),
+        ("feature3", "feature4", "network"),
+    ]
 
 
 def test_only_rows_that_compare_are_put_together(pretrained: NewRun, tmp_path: Path) -> None:
@@ -296,9 +302,10 @@ def test_a_report_of_a_sweep_or_of_folders_ends_in_the_table(
     sweep(6)
     for words in (["sweep=s", "--format", "markdown"], [str(tmp_path / "runs")]):
         assert main(words) == 0
-        _, _, section = capsys.readouterr().out.partition(f"## {TITLE}\n")
+        before, _, section = capsys.readouterr().out.partition(f"## {TITLE}\n")
         assert "linear/top1 on photos held_out, small, 6 runs of 6 settings" in section
         rho, _ = scipy.stats.spearmanr(range(6), [0, 1, 2, 0, 1, 2])
+        assert "bootstrap" in before
         section = " ".join(section.split())
         assert f"| RankMe (100 images of photos held_out), Spearman | {rho:.2f} (" in section
     assert main(["sweep=s", "--format", "csv"]) == 0
@@ -333,7 +340,7 @@ def test_too_few_points_say_so(sweep, tmp_path: Path, capsys: pytest.CaptureFixt
     sweep(4)
     assert main(["sweep=s", "--format", "markdown"]) == 0
     output = capsys.readouterr().out
-    assert TITLE not in output
+    assert f"## {TITLE}" not in output
     assert "5 settings or more: there are 4" in output
     assert main(["sweep=s", "--prediction"]) == DataError.exit_code
     error = " ".join(capsys.readouterr().err.split())
