@@ -25,8 +25,8 @@ _STEPS = 20
 _TOLERANCE = 1e-4  # of features that have length 1
 # Rows and columns of a map that are taken at most: those of the authors' vision transformers.
 _MOST_SIDE = 14
-# Memory, in bytes, of the float64 features that are clustered at once. k-means takes two to three
-# times as much, and so do the clusters' spreads.
+# Memory, in bytes, of the float64 features that are clustered at once. k-means takes as much again,
+# and the clusters' spreads three times as much.
 _WORK_BYTES = 2**27
 
 Places = Float[Tensor, "images places d"]

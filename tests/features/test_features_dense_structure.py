@@ -167,3 +167,15 @@ def test_features_that_do_not_define_it_say_why() -> None:
     maps[2, 1, 0, 0] = math.inf
     with pytest.raises(ValueError, match="finite"):
         measured(maps)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_also_where_it_is_to_be_deterministic() -> None:
+    expected = measured(feature_maps())
+    torch.use_deterministic_algorithms(True)
+    try:
+        places = unit_places(feature_maps().cuda())
+        found = dense_structure(places, list(range(18)), seed=4, device=torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(found, expected, rel=1e-5)

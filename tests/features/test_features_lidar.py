@@ -87,3 +87,8 @@ def test_features_that_do_not_define_it_say_why() -> None:
     features[3, 2, 1:4] = math.nan
     with pytest.raises(ValueError, match=r"\b3 features .*finite"):
         lidar(features)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same() -> None:
+    assert lidar(views().cuda()) == pytest.approx(lidar(views()), rel=1e-6)
