@@ -61,6 +61,7 @@ class Use(enum.Enum):
     BOOTSTRAP = "settings that a bootstrap of correlations draws again: no number"
     DENSE_IMAGE_CLUSTERS = "first centroids of the clusters of an image: seed, image"
     STUDY_PATCHES = "boxes of the patches that a study cuts from an image: seed, image"
+    STUDY_QUERIES = "patches whose nearest neighbors are looked for: seed"
 
 
 def seed_for(use: Use, *numbers: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from relloc.models.backbone import Backbone
 from relloc.models.one_value import refuse_one_value
 
 ONE_IMAGE = (
@@ -45,10 +46,12 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
         norm.momentum = None
     # Running statistics move in training mode only.
     backbone.train()
+    # To embed is to pass all stages, and batch norm behind them too, as that of fc6.
+    forward = backbone.embed if isinstance(backbone, Backbone) else backbone
     n_images = 0
     with refuse_one_value(backbone, ONE_IMAGE):
         for images in batches:
-            backbone(images)
+            forward(images)
             n_images += len(images)
     backbone.eval()
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -66,7 +66,7 @@ def save_contact_sheets(
     *,
     title: str,
     tile_px: int = 112,
-    rows_per_sheet: int = 25,
+    rows_per_sheet: int = 12,
 ) -> list[Path]:
     """Saves rows of tiles below a title, and returns the files.
 

@@ -14,6 +14,7 @@ from relloc.data.image_set import ImageSet
 from relloc.features.nearest import nearest
 
 NONE = -1  # the row of a neighbor that does not exist, and the group of a query that has none
+_QUERY = -2  # the group that the query itself gets among its neighbors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +52,7 @@ def nearest_patches(
     k: int,
     *,
     own_groups: Int64[Tensor, "q"],
+    own_rows: Int64[Tensor, "q"] | None = None,
     one_per_group: bool,
     name: str,
 ) -> NearestPatches:
@@ -65,6 +67,8 @@ def nearest_patches(
         groups: the image, or source, of each of `vectors`, from 0.
         k: number of neighbors.
         own_groups: the group of each query, from which it takes no neighbor; `NONE` for none.
+        own_rows: the row of each query among `vectors`, which is no neighbor of its own; None, or
+            `NONE`, where it is not among them.
         one_per_group: whether each group gives its nearest patch alone.
         name: what a message calls the vectors.
 
@@ -75,6 +79,8 @@ def nearest_patches(
     n_vectors = len(vectors)
     rows = torch.full((n_queries, k), NONE)
     similarities = torch.zeros(n_queries, k, dtype=torch.float64)
+    if own_rows is None:
+        own_rows = torch.full((n_queries,), NONE)
     remaining = torch.arange(n_queries)
     # All patches of its own image may be nearer to a query than any other.
     largest_group = int(groups.bincount().max()) if n_vectors else 0
@@ -87,7 +93,10 @@ def nearest_patches(
             name=name,
         )
         found_rows = found.rows.cpu()
-        counts = _counting(groups[found_rows], own_groups[remaining], one_per_group)
+        is_query = found_rows == own_rows[remaining].unsqueeze(1)
+        # A group of its own, so that it does not stand for its image.
+        found_groups = groups[found_rows].masked_fill(is_query, _QUERY)
+        counts = _counting(found_groups, own_groups[remaining], one_per_group) & ~is_query
         # The first k that count: what lies behind them in the list is not nearer.
         position = counts.cumsum(dim=1) - 1
         is_taken = counts & (position < k)

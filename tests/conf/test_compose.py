@@ -178,6 +178,15 @@ def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
     } == names
 
 
+@pytest.mark.parametrize("member", members("study"))
+@pytest.mark.parametrize("command", ["train", "study"])
+def test_a_study_composes_for_both_commands_and_can_be_made(compose, command, member):
+    words = [f"study={member}", *(["checkpoint=random"] if command == "study" else ["eval=[]"])]
+    build_settings = build.evaluating if command == "study" else build.pretraining
+    (chosen,) = build_settings(compose(command, words)).evaluations
+    assert (chosen.group, chosen.name) == ("study", member)
+
+
 @pytest.mark.parametrize(
     ("words", "missing_data", "report"),
     [

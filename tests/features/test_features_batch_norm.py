@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from relloc.features.batch_norm import recalibrate
+from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
 
 
@@ -89,3 +90,17 @@ def test_a_network_without_batch_norm_is_left_alone_and_no_image_is_read() -> No
 
     assert recalibrate(network, unread()) == 0
     assert network.training
+
+
+def test_batch_norm_behind_the_stages_is_estimated_as_well() -> None:
+    # fc6 of the AlexNet-like network sees what the stages return, and only where it embeds.
+    torch.manual_seed(0)
+    backbone = AlexNetBackbone()
+    fc6 = backbone.fc6[1]
+    assert isinstance(fc6, nn.BatchNorm1d)
+    seen: list[Tensor] = []
+    handle = fc6.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    recalibrate(backbone, batches(n=2))
+    handle.remove()
+    means = torch.stack([x.mean(dim=0) for x in seen])
+    torch.testing.assert_close(fc6.running_mean, means.mean(dim=0), rtol=1e-4, atol=1e-6)

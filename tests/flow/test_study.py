@@ -1,7 +1,10 @@
 """Studies as commands, and the network of the pretext task that they read from a run folder."""
 
+import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -33,6 +36,36 @@ def change_config(run: Path, group: str, **values: object) -> None:
     file.write_text(yaml.safe_dump(config))
 
 
+def check_neighbors(relloc: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    """Sheets and table of nearest patches have the same queries for both weights."""
+    settings = {"sides_px": "[32,48]", "patch_px": 32, "n_images": 40, "queries": 5, "k": 3}
+    words = [f"study.neighbors.{name}={value}" for name, value in settings.items()]
+    command = ("study=neighbors", "tracking=none", "hydra.run.dir=found", *words)
+    found = relloc("study", f"checkpoint=[{run},random]", *command)
+    assert found.code == 0, found.text
+    folders = sorted((tmp_path / "found" / "evaluations").iterdir())
+    assert len(folders) == 2
+    queries = []
+    for folder in folders:
+        assert (folder / "neighbors_embedding.png").stat().st_size > 10_000
+        with open(folder / "neighbors.csv", encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        # Tiles of a photograph have one source, which gives a query one neighbor.
+        assert all(line["image"] != line["query_image"] for line in lines)
+        columns = [name for name in lines[0] if name.startswith("query")]
+        queries.append([[line[name] for name in columns] for line in lines])
+    assert queries[0] == queries[1]
+    rows = read_results(tmp_path / "found")
+    assert {row.kind for row in rows} == {"study"}
+    # The class of a tile is its photograph, from which no neighbor is taken.
+    of_class = [row.value for row in rows if row.metric in ("same_class_k3", "same_class_chance")]
+    assert of_class == [0, 0, 0, 0]
+    assert {row.n for row in rows} == {5}
+    wrong = relloc("study", "checkpoint=random", *command, "study.neighbors.k=0")
+    assert wrong.code == 2
+    assert "study.neighbors.k is 0" in wrong.text
+
+
 def test_a_study_and_the_pretext_network_of_a_run(relloc, tmp_path):
     study = ("study=label_free", "study.label_free.n_images=50", "tracking=none")
     run = tmp_path / "run"
@@ -50,6 +83,8 @@ def test_a_study_and_the_pretext_network_of_a_run(relloc, tmp_path):
     without = relloc("study", f"checkpoint={run}", "tracking=none")
     assert without.code == 2
     assert "--help study" in without.text
+
+    check_neighbors(relloc, run, tmp_path)
 
     # The network of the pretext task has the trained head and the patches of the run.
     backbone = backbone_of(run)

@@ -14,7 +14,13 @@ from relloc.studies.patch_sets import unit_vectors
 
 
 def plainly(
-    queries: Tensor, vectors: Tensor, groups: Tensor, k: int, own: Tensor, one_per_group: bool
+    queries: Tensor,
+    vectors: Tensor,
+    groups: Tensor,
+    k: int,
+    own: Tensor,
+    one_per_group: bool,
+    without_itself: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
     matrix = queries.double() @ vectors.double().T
     all_rows, all_similarities = [], []
@@ -23,7 +29,7 @@ def plainly(
         seen = {int(own[query])}
         for row in np.argsort(-similarities.numpy(), kind="stable").tolist():
             group = int(groups[row])
-            if group in seen or len(rows) == k:
+            if group in seen or len(rows) == k or (without_itself and row == query):
                 continue
             rows.append(row)
             if one_per_group:
@@ -40,10 +46,17 @@ def plainly(
     k=st.integers(1, 9),
     one_per_group=st.booleans(),
     exclude_own=st.booleans(),
+    without_itself=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_neighbors_are_those_of_the_full_matrix(
-    n: int, n_groups: int, k: int, one_per_group: bool, exclude_own: bool, seed: int
+    n: int,
+    n_groups: int,
+    k: int,
+    one_per_group: bool,
+    exclude_own: bool,
+    without_itself: bool,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     vectors = unit_vectors(torch.randn(n, 8, generator=generator))
@@ -54,9 +67,16 @@ def test_neighbors_are_those_of_the_full_matrix(
     queries = vectors[:5]
     own = groups[:5] if exclude_own else torch.full((len(queries),), NONE)
     found = nearest_patches(
-        queries, vectors, groups, k, own_groups=own, one_per_group=one_per_group, name="made"
+        queries,
+        vectors,
+        groups,
+        k,
+        own_groups=own,
+        own_rows=torch.arange(len(queries)) if without_itself else None,
+        one_per_group=one_per_group,
+        name="made",
     )
-    rows, similarities = plainly(queries, vectors, groups, k, own, one_per_group)
+    rows, similarities = plainly(queries, vectors, groups, k, own, one_per_group, without_itself)
     assert found.rows.tolist() == rows
     np.testing.assert_allclose(found.similarities.numpy(), similarities, atol=1e-6)
 
