@@ -28,8 +28,9 @@ from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.proposals import ProposalCounts
 from relloc.transfer.detection.regions import RegionTraining
 from relloc.transfer.detection.rpn import RpnTraining
-from relloc.transfer.detection.samples import FittedImage, RandomSizes
+from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.iterations import IterativeFineTuning
+from relloc.transfer.resize import FittedImage
 from relloc.transfer.segmentation.inference import SlidingWindows, WholeImage
 from relloc.transfer.segmentation.photometric import PhotometricDistortion
 from relloc.transfer.segmentation.transforms import TrainingCrops
