@@ -193,7 +193,7 @@ class RunSettings:
             precision=engine.precision,
             unreadable_share=self.data.unreadable_share,
             encode=engine.compile(encode),
-            compile=engine.compile,
+            compile=engine.compile_training,
         )
         # Several processes would draw their bars over each other.
         if shown and ranks.rank() == 0:

@@ -82,6 +82,9 @@ class Engine:
     memory_format: str
     deterministic: bool
     workers: int
+    # Fine-tuning is compiled only where compile=true asks for it: with "auto" it is not, since a
+    # compiled segmenter was no faster (docs/benchmarks.md).
+    fine_tuning_compiled: bool = False
 
     @property
     def bf16(self) -> bool:
@@ -102,6 +105,10 @@ class Engine:
         torch._dynamo.config.recompile_limit = _MAX_VARIANTS  # pyright: ignore[reportAttributeAccessIssue]
         compiled = torch.compile(function, dynamic=False, options=_FUSION)
         return _with_explained_failures(compiled)
+
+    def compile_training(self, function: Any) -> Any:
+        """Returns a function of fine-tuning compiled where that was asked for, or as it is."""
+        return self.compile(function) if self.fine_tuning_compiled else function
 
     def __str__(self) -> str:
         words = [self.device.type, self.precision]
@@ -139,6 +146,7 @@ def resolve_engine(asked: EngineSettings) -> Engine:
         device=on,
         precision=precision,
         compiled=compiled,
+        fine_tuning_compiled=asked.compile is True,
         cuda_graphs=cuda_graphs,
         memory_format=asked.memory_format,
         deterministic=asked.deterministic,

@@ -273,3 +273,14 @@ def test_training_sets_the_kernels_and_puts_them_back_even_when_it_fails(
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("compiling", "expected"), [("auto", False), (True, True), (False, False)])
+def test_fine_tuning_is_compiled_where_it_is_asked_for(compiling, expected) -> None:
+    settled = resolve_engine(asked(compile=compiling))
+
+    def function() -> None:
+        pass
+
+    assert (settled.compile_training(function) is not function) == expected
