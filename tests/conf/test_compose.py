@@ -70,7 +70,8 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
-    assert members("experiment") == ["card2022", "doersch2015", "google2019", "known_answers"]
+    published = ["card2022", "doersch2015", "google2019", "known_answers"]
+    assert members("experiment") == sorted([*published, "gap_jitter", "gap_jitter_small"])
 
 
 @pytest.mark.parametrize(
