@@ -60,6 +60,8 @@ class Use(enum.Enum):
     DENSE_GROUP_CLUSTERS = "first centroids of the clusters of a group of images: seed, group"
     BOOTSTRAP = "settings that a bootstrap of correlations draws again: no number"
     DENSE_IMAGE_CLUSTERS = "first centroids of the clusters of an image: seed, image"
+    ASKED_PLACES = "sizes and places of grids that a study asks about: seed, image"
+    ASKED_PATCHES = "jitter and colors of these grids: seed, image"
     STUDY_PATCHES = "boxes of the patches that a study cuts from an image: seed, image"
     STUDY_QUERIES = "patches whose nearest neighbors are looked for: seed"
 

@@ -30,6 +30,7 @@ AS_GIVEN = {
     "transfer/detection/samples.py": "the seed of a sample is part of its key",
     "transfer/segmentation/transforms.py": "likewise",
     "transfer/voc07_finetune.py": "likewise",
+    "studies/asking.py": "the seed of an image's grids is part of its key",
     "studies/patch_sets.py": "the seed of an image's boxes is part of its key",
     "transfer/rescaling.py": "the seed of the gradient is derived by its caller",
     "evals/squared_hinge.py": "an approximation's start, the same whatever the seed",

@@ -45,7 +45,8 @@ class Objects:
     `boxes` are for training, and `xywh` the same as the annotation has them, in double precision,
     for metrics that compare overlaps to the last bit. `areas` are in square pixels: COCO's own, of
     masks, and those of boxes elsewhere. `crowd` marks a region of many objects, `difficult` one
-    that is hard to recognize. `masks` is empty for sets without masks.
+    that is hard to recognize, and `occluded` one that others cover in part; it is None where
+    annotations do not say it. `masks` is empty for sets without masks.
     """
 
     boxes: Float32[np.ndarray, "n 4"]
@@ -55,6 +56,7 @@ class Objects:
     crowd: Bool[np.ndarray, "n"]
     areas: Float64[np.ndarray, "n"]
     masks: tuple[Mask, ...] = ()
+    occluded: Bool[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int:
         return len(self.classes)

@@ -83,7 +83,8 @@ class ObjectTable:
 
     `sizes` are height and width of each image in pixels; 0 where the annotation does not say.
     `ids` name an object in messages: its number in COCO, or its place in the file of its image.
-    `unusable` says why the annotation of an image can't be used, by the number of the image.
+    `occluded` is None where annotations do not say it. `unusable` says why the annotation of an
+    image can't be used, by the number of the image.
     """
 
     sizes: Int64[np.ndarray, "images 2"]
@@ -97,6 +98,7 @@ class ObjectTable:
     areas: Float64[np.ndarray, "objects"]
     unusable: Mapping[int, str]
     masks: MaskTable | None = None
+    occluded: _Mask | None = None
 
     def rows(self, index: int) -> Int64[np.ndarray, "n"]:
         """Returns the rows of the objects of an image.
@@ -138,10 +140,14 @@ class ObjectTable:
             crowd=self.crowd[rows],
             areas=self.areas[rows],
             masks=tuple(masks),
+            occluded=None if self.occluded is None else self.occluded[rows],
         )
 
     def hash(self) -> str:
-        """Returns a hash of all that is annotated."""
+        """Returns a hash of all that detectors are trained on or tested against.
+
+        `occluded` is left out, since results on disk have hashes that were made without it.
+        """
         hasher = hashlib.sha256(b"objects of images\0")
         # The order of the arrays decides the hash, which results on disk have.
         arrays = [

@@ -32,7 +32,7 @@ PUBLISHED_TEST_YEAR = 2007
 _THREADS = 16
 _CLASS_OF = {name: number for number, name in enumerate(VOC_CLASSES)}
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_ROW_LENGTH = 7
+_ROW_LENGTH = 8
 
 
 class _Content(NamedTuple):
@@ -196,9 +196,9 @@ def _table(annotations: Sequence[Path], reference: str) -> tuple[ObjectTable, li
         rows += content.rows
         left_out += content.left_out
     numbers = np.array(rows, np.float64).reshape(-1, _ROW_LENGTH)
-    whole_numbers = numbers[:, :3].astype(np.int64)
-    ids, classes, difficult = whole_numbers.T
-    xywh = np.ascontiguousarray(numbers[:, 3:])
+    whole_numbers = numbers[:, :4].astype(np.int64)
+    ids, classes, difficult, occluded = whole_numbers.T
+    xywh = np.ascontiguousarray(numbers[:, 4:])
     image_sizes = np.array(sizes, np.int64)
     indices = np.arange(len(sizes))
     image_of_row = np.repeat(indices, counts)
@@ -225,6 +225,7 @@ def _table(annotations: Sequence[Path], reference: str) -> tuple[ObjectTable, li
         crowd=np.zeros(len(xywh), bool),
         areas=xywh[:, 2] * xywh[:, 3],
         unusable=unusable,
+        occluded=occluded.astype(bool),
     )
     return table, left_out
 
@@ -233,7 +234,7 @@ def _annotation(path: Path, reference: str) -> _Content:
     """Returns the annotation of an image.
 
     The row of an object is: its place in the file (from 1), its class, whether it is difficult (0
-    or 1), x, y, width and height.
+    or 1), whether it is occluded (likewise), x, y, width and height.
 
     Raises:
         UnreadableImage: the file is missing or not XML, or an object is not as it should be.
@@ -259,11 +260,11 @@ def _annotation(path: Path, reference: str) -> _Content:
         if name not in _CLASS_OF:
             left_out.append(f"{what} in {path}")
             continue
-        # The element may be missing.
-        difficult_text = annotated.findtext("difficult", "0")
-        is_difficult = difficult_text.strip() == "1"
+        # The elements may be missing; annotations of 2007 do not say what is occluded.
+        is_difficult = annotated.findtext("difficult", "0").strip() == "1"
+        is_occluded = annotated.findtext("occluded", "0").strip() == "1"
         xywh = _box(path, what, annotated, reference)
-        rows.append([place, _CLASS_OF[name], is_difficult, *xywh])
+        rows.append([place, _CLASS_OF[name], is_difficult, is_occluded, *xywh])
     return _Content(size=(int(height), int(width)), rows=rows, left_out=left_out)
 
 

@@ -162,6 +162,11 @@ class Evaluation(abc.ABC):
     tests_in_shared_batches: ClassVar[bool] = False
     # The network of the pretext task is loaded too, where the checkpoint has one.
     wants_pretext: ClassVar[bool] = False
+    # Nothing can be measured without that network: weights that have none are left out.
+    needs_pretext: ClassVar[bool] = False
+    # The same settings give the same numbers, so that rows of other runs are used in place of
+    # measuring again. That is not so for answers of a person.
+    repeatable: ClassVar[bool] = True
 
     layers: Sequence[str]  # whose pooled features are read; () for none
     # How images are cropped and resized, in words by its `str`: a relloc.data.views.View, except

@@ -30,8 +30,9 @@ def draw_confusion(
     confusion: Int[Tensor, "8 8"],
     path: Path,
     *,
-    step: int,
+    heading: str,
     top1: float,
+    pairs: str = "held-out pairs",
 ) -> None:
     """Saves a PNG of the confusion matrix and of the accuracy at each position.
 
@@ -39,8 +40,9 @@ def draw_confusion(
         confusion: counts by true position (row) and answered position (column). They are shown in
             percent of their row.
         path: where the picture is saved; an earlier one is replaced.
-        step: optimizer steps done, for the title.
+        heading: whose answers they are, for the title.
         top1: accuracy over all pairs in percent, for the title.
+        pairs: which pairs were asked about, for the title.
     """
     # A position without pairs would divide by zero.
     pairs_of_row = confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -48,8 +50,8 @@ def draw_confusion(
 
     figure = Figure(figsize=(11, 5.8))
     n_pairs = int(confusion.sum())
-    share = f"{top1:.1f} % of {n_pairs:,} held-out pairs right"
-    title = f"after step {step:,}: {share} (chance {CHANCE_PERCENT} %)"
+    share = f"{top1:.1f} % of {n_pairs:,} {pairs} right"
+    title = f"{heading}: {share} (chance {CHANCE_PERCENT} %)"
     figure.suptitle(title, fontsize=13)
     matrix = figure.add_axes(_MATRIX_BOX)
     image = _draw_matrix(matrix, percent)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Num
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
@@ -98,29 +98,48 @@ def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
         hits: right answers (0 to 8) of each image, as `count_hits` gives them.
         sources: a name for each image; images with the same name are of one source.
     """
-    names, source_of_image = np.unique(np.asarray(sources), return_inverse=True)
-    n_sources = len(names)
-    # Totals of each cluster: right answers and pairs.
-    hits_of_source = np.bincount(source_of_image, weights=hits.numpy(), minlength=n_sources)
-    images_of_source = np.bincount(source_of_image, minlength=n_sources)
-    pairs_of_source = images_of_source * N_PAIRS
-    n_pairs = pairs_of_source.sum()
-    share = float(hits_of_source.sum() / n_pairs)
-
-    half_width = math.inf
-    if n_sources > 1:
-        # How far each cluster is from its expected hits; their mean square is the variance of the
-        # ratio.
-        residuals = hits_of_source - share * pairs_of_source
-        sum_of_squares = float((residuals**2).sum())
-        variance = n_sources / (n_sources - 1) * sum_of_squares
-        # 2.5 % on each side are left out; with many sources the quantile is the normal one, 1.96.
-        t_quantile = float(stdtrit(n_sources - 1, 0.975))
-        standard_error_in_hits = math.sqrt(variance)
-        half_width = t_quantile * standard_error_in_hits / float(n_pairs)
+    n_pairs = len(hits) * N_PAIRS
+    pairs_of_image = np.full(len(hits), N_PAIRS)
+    share, half_width = clustered_ratio(hits.numpy(), pairs_of_image, sources)
     return Accuracy(
         percent=100 * share,
         low=100 * max(0.0, share - half_width),
         high=100 * min(1.0, share + half_width),
-        n_pairs=int(n_pairs),
+        n_pairs=n_pairs,
     )
+
+
+def clustered_ratio(
+    numerators: Num[np.ndarray, "n"],
+    denominators: Num[np.ndarray, "n"],
+    sources: Sequence[str],
+) -> tuple[float, float]:
+    """Returns a ratio of sums over images, and half the width of its 95 % interval.
+
+    The interval is clustered by source, as that of `accuracy`; with a single source it is infinite.
+
+    Args:
+        numerators: what is summed above the line, such as right answers, for each image.
+        denominators: what is summed below it, such as the number of pairs.
+        sources: a name for each image; images with the same name are of one source.
+    """
+    names, source_of_image = np.unique(np.asarray(sources), return_inverse=True)
+    n_sources = len(names)
+    # Totals of each cluster
+    above = np.bincount(source_of_image, weights=numerators, minlength=n_sources)
+    below = np.bincount(source_of_image, weights=denominators, minlength=n_sources)
+    total_below = float(below.sum())
+    ratio = float(above.sum()) / total_below
+
+    half_width = math.inf
+    if n_sources > 1:
+        # How far each cluster is from what the ratio expects of it; their mean square is the
+        # variance of the ratio.
+        residuals = above - ratio * below
+        sum_of_squares = float((residuals**2).sum())
+        variance = n_sources / (n_sources - 1) * sum_of_squares
+        # 2.5 % on each side are left out; with many sources the quantile is the normal one, 1.96.
+        t_quantile = float(stdtrit(n_sources - 1, 0.975))
+        standard_error_above = math.sqrt(variance)
+        half_width = t_quantile * standard_error_above / total_below
+    return ratio, half_width

@@ -31,7 +31,7 @@ from relloc.reports.render import as_markdown
 from relloc.reports.table import make_report
 from relloc.results import RESULTS_FILE, Result, append_results, read_results, tracked_eval
 from relloc.runs import console, known_answers
-from relloc.runs.build import Evaluating
+from relloc.runs.build import ChosenEvaluation, Evaluating
 from relloc.runs.data_sets import DATA_PAGE
 from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import evaluated_models
@@ -54,6 +54,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
     """
     engine = resolve_engine(settings.engine)
     models = evaluated_models(settings)
+    _refuse_all_without_head(models, settings.evaluations)
     backbones = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
     answers = known_answers.applicable(backbones, names, settings.batch_norms)
@@ -153,6 +154,38 @@ def print_report(run_dir: Path) -> None:
     print(as_markdown(make_report(find_measured([run_dir]))), end="")
 
 
+def _refuse_all_without_head(
+    models: Sequence[EvaluatedModel], evaluations: Sequence[ChosenEvaluation]
+) -> None:
+    """Raises `UsageError` where an evaluation asks the pretext head and no weights have one."""
+    if any(model.pretext for model in models):
+        return
+    checkpoints = ",".join(model.checkpoint for model in models)
+    for chosen in evaluations:
+        if chosen.evaluation.needs_pretext:
+            raise UsageError(
+                f"{chosen.group}.{chosen.name} asks the network of the pretext task, and "
+                f"checkpoint={checkpoints} has no head that answers: give a run folder of "
+                "relloc.train with its checkpoints, checkpoint=RUN_FOLDER"
+            )
+
+
+def _answerable(
+    model: EvaluatedModel, evaluations: Sequence[NamedEvaluation], folder: RunFolder | None
+) -> list[NamedEvaluation]:
+    """Returns the evaluations that can be measured of the model, and prints which can't."""
+    answerable = []
+    for named in evaluations:
+        if model.pretext or not named.evaluation.needs_pretext:
+            answerable.append(named)
+        elif folder:
+            console.print_message(
+                f"skipped {named.name} of {model.checkpoint}: it has no head of the pretext task, "
+                "which only a run folder with the training's checkpoints has"
+            )
+    return answerable
+
+
 def _refuse_several_processes(evaluations: Sequence[NamedEvaluation]) -> None:
     """Raises `UsageError` where several processes would run an evaluation meant for one."""
     single = [named.name for named in evaluations if not named.evaluation.across_ranks]
@@ -220,6 +253,9 @@ def evaluate_model(
     encode_config = dataclasses.replace(settings.encode_config, note_unreadable=unreadable.update)
     settings = dataclasses.replace(settings, encode_config=encode_config)
     model.backbone.eval()
+    evaluations = _answerable(model, evaluations, folder)
+    if not evaluations:
+        return set()
 
     # Split each evaluation into parts, one batch norm after the other.
     parts_by_evaluation = [

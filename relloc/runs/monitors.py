@@ -97,7 +97,8 @@ class Monitors:
         # Rows are true positions, columns predicted ones: right answers are on the diagonal.
         counts = confusion(predicted)
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
-        draw_confusion(counts, self.folder / confusion_picture(step), step=step, top1=top1)
+        picture = self.folder / confusion_picture(step)
+        draw_confusion(counts, picture, heading=f"after step {step:,}", top1=top1)
         by_position = (100 * counts.diagonal() / counts.sum(dim=1)).tolist()
         values = {"monitor/pretext/top1": top1}
         for position, accuracy in zip(POSITIONS, by_position, strict=True):

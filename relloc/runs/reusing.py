@@ -72,7 +72,8 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
     for index, part in enumerate(parts):
         name = part.named.name
         key = (name, part.batch_norm, part.fingerprint)
-        if key not in reusable:
+        found = reusable if part.evaluation.repeatable else rows_here
+        if key not in found:
             missing.append(index)
             continue
         # This run may have begun the part, and another one finished it: the state is obsolete.
@@ -81,10 +82,10 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
             continue
         # The same weights may have been measured under several paths. One set of rows is enough;
         # it is copied under the path that this command gave.
-        first = reusable[key][0]
+        first = found[key][0]
         copies = [
             dataclasses.replace(row, checkpoint=model.checkpoint)
-            for row in reusable[key]
+            for row in found[key]
             if row.checkpoint == first.checkpoint
         ]
         append_results(run.run_dir, copies)

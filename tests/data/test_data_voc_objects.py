@@ -79,6 +79,27 @@ def test_coordinates_are_read_as_each_reference_does(tmp_path: Path):
     np.testing.assert_allclose(other.boxes, [[10, 20, 31, 61], [0.9, 1, 45.7, 60.2]], rtol=1e-6)
 
 
+def test_occluded_objects_are_known_where_the_annotation_says_so(tmp_path: Path):
+    root = write_voc(tmp_path)
+    before = train_of(root).digest()
+    occluded = voc_object("cat", (1, 1, 9, 9)).replace(
+        "<difficult>", "<occluded>1</occluded><difficult>"
+    )
+    objects_of(annotation_file(root), occluded, voc_object("dog", (11, 21, 31, 61)))
+    objects = train_of(root).objects(0)
+    assert objects.occluded is not None
+    assert objects.occluded.tolist() == [True, False]
+    assert objects.difficult.tolist() == [False, False]
+    assert objects.xywh[0].tolist() == [0, 0, 8, 8]
+    # What detectors do not read leaves the digest, and so results that are there, as they are.
+    objects_of(
+        annotation_file(root), occluded.replace("d>1<", "d>0<"), voc_object("dog", (11, 21, 31, 61))
+    )
+    without = train_of(root).digest()
+    objects_of(annotation_file(root), occluded, voc_object("dog", (11, 21, 31, 61)))
+    assert train_of(root).digest() == without != before
+
+
 def test_images_without_objects_stay_and_are_not_trained_on(tmp_path: Path):
     objects_of(annotation_file(write_voc(tmp_path)))
     hard = voc_object("dog", (1, 1, 50, 50), difficult=1)

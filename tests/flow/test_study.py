@@ -86,6 +86,24 @@ def test_a_study_and_the_pretext_network_of_a_run(relloc, tmp_path):
 
     check_neighbors(relloc, run, tmp_path)
 
+    # A study that asks the head of the pretext task leaves out weights without one.
+    asking = ("study=pretext", "study.pretext.places=2", "tracking=none")
+    asked = relloc("study", f"checkpoint=[random,{run}]", *asking, "hydra.run.dir=asked")
+    assert asked.code == 0, asked.text
+    assert "skipped pretext of random" in asked.text
+    rows = {row.metric: row for row in read_results(tmp_path / "asked")}
+    assert {row.kind for row in rows.values()} == {"study"}
+    assert {row.batch_norm for row in rows.values()} == {"as_trained"}
+    assert rows["accuracy"].low is not None
+    folder = tmp_path / "asked" / "evaluations" / f"pretext_{rows['accuracy'].fingerprint}"
+    assert {path.name for path in folder.iterdir()} >= {"confusion.png", "by_class.csv"}
+    wide = relloc("study", f"checkpoint={run}", *asking, "+study.pretext.grid=wide")
+    assert wide.code == 2
+    headless = relloc("study", "checkpoint=random", *asking, "model=small", "hydra.run.dir=no")
+    assert headless.code == 2
+    assert "checkpoint=RUN_FOLDER" in headless.text
+    assert not (tmp_path / "no").exists()
+
     # The network of the pretext task has the trained head and the patches of the run.
     backbone = backbone_of(run)
     pretext = pretext_model(run, backbone)

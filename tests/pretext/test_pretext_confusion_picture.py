@@ -20,14 +20,14 @@ def figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *to, **how: (saved.append(self), save(self, *to, **how))
     )
-    draw_confusion(COUNTS, tmp_path / "confusion.png", step=1200, top1=35.0)
+    draw_confusion(COUNTS, tmp_path / "confusion.png", heading="after step 1,200", top1=35.0)
     return saved[0]
 
 
 def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "confusion.png"
     path.write_bytes(b"the picture of an earlier step")
-    draw_confusion(COUNTS, path, step=7, top1=35.0)
+    draw_confusion(COUNTS, path, heading="after step 7", top1=35.0)
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert len(np.unique(np.asarray(image.convert("L")))) > 50  # not an empty sheet

@@ -52,11 +52,23 @@ def is_known(
     name: str = "knn",
     batch_norm: str = "as_trained",
     fingerprint: str = "mark",
+    evaluation: Knn = KNN,
 ) -> bool:
     """Whether a part of an evaluation has rows in the run folder, or copies them from another's."""
-    named = NamedEvaluation(name=name, evaluation=KNN, splits=Splits(train=IMAGES, held_out=IMAGES))
-    part = EvalPart(named=named, evaluation=KNN, batch_norm=batch_norm, fingerprint=fingerprint)
+    named = NamedEvaluation(
+        name=name, evaluation=evaluation, splits=Splits(train=IMAGES, held_out=IMAGES)
+    )
+    part = EvalPart(
+        named=named, evaluation=evaluation, batch_norm=batch_norm, fingerprint=fingerprint
+    )
     return not_measured([part], MODEL, eval_run(run_dir, runs=runs)) == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked(Knn):
+    """Stands for an evaluation that gives other numbers each time."""
+
+    repeatable = False
 
 
 def row(**changes: object) -> Result:
@@ -106,6 +118,16 @@ def test_rows_of_the_same_weights_are_copied_once_and_say_where_they_were_measur
     assert is_known(newest, tmp_path)
     # The run that measured them is named, not the one that copied them first.
     assert {found.measured_in for found in read_results(newest)} == {str(old)}
+
+
+def test_what_differs_each_time_is_taken_from_the_same_run_folder_only(tmp_path: Path) -> None:
+    folder(tmp_path, "old", row())
+    new = folder(tmp_path, "new")
+    asked = Asked(**vars(KNN))
+    assert not is_known(new, tmp_path, evaluation=asked)
+    append_results(new, [row(checkpoint=MODEL.checkpoint)])
+    assert is_known(new, tmp_path, evaluation=asked)
+    assert len(read_results(new)) == 1
 
 
 def test_what_is_not_the_same_is_measured(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""Shares of right answers with intervals that are clustered by image: rows, tables and pictures."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from matplotlib.figure import Figure
+
+from relloc.files import write_whole, writing
+from relloc.geometry import CHANCE_PERCENT
+from relloc.pretext.held_out import clustered_ratio
+from relloc.results import Score
+
+# A picture of more lines could not be read.
+_MOST_LINES = 40
+_INCHES_PER_LINE = 0.27
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """The accuracy over some pairs, with the ends of its 95 % interval; all in percent.
+
+    `name`: which pairs these are. `pairs`, `images`: how many, and of how many images.
+    """
+
+    name: str
+    percent: float
+    low: float
+    high: float
+    pairs: int
+    images: int
+
+    def score(self, metric: str, details: tuple[str, ...] = ()) -> Score:
+        """Returns the accuracy as a result that no table of reports shows."""
+        return Score(
+            metric=metric,
+            value=self.percent,
+            low=self.low,
+            high=self.high,
+            n=self.images,
+            details=(f"{self.pairs:,} pairs", *details),
+        )
+
+
+def share_of(
+    name: str,
+    right: Bool[np.ndarray, "grids pairs"],
+    chosen: Bool[np.ndarray, "grids pairs"],
+    images: Int64[np.ndarray, "grids"],
+    sources: Sequence[str],
+) -> Share | None:
+    """Returns the accuracy over the chosen pairs, or None where no pair is chosen.
+
+    The interval is clustered by source (`relloc.pretext.held_out`).
+
+    Args:
+        name: which pairs are chosen.
+        right: whether the answer about each pair of each grid is right.
+        chosen: which pairs count.
+        images: the number of the image of each grid.
+        sources: the source of the image of each grid.
+    """
+    # Grids without a chosen pair say nothing, and neither do their sources.
+    has_pairs = chosen.any(axis=1)
+    if not has_pairs.any():
+        return None
+    hits = (right & chosen)[has_pairs].sum(axis=1)
+    pairs = chosen[has_pairs].sum(axis=1)
+    ratio, half_width = clustered_ratio(hits, pairs, np.asarray(sources)[has_pairs].tolist())
+    return Share(
+        name=name,
+        percent=100 * ratio,
+        low=100 * max(0.0, ratio - half_width),
+        high=100 * min(1.0, ratio + half_width),
+        pairs=int(pairs.sum()),
+        images=len(np.unique(images[has_pairs])),
+    )
+
+
+def write_shares(shares: Sequence[Share], path: Path, *, of: str) -> None:
+    """Writes a CSV table with a line for each share; `of` heads the column of names."""
+    header = [of, "accuracy_percent", "low", "high", "pairs", "images"]
+    lines = []
+    for share in shares:
+        numbers = [round(value, 3) for value in (share.percent, share.low, share.high)]
+        lines.append([share.name, *numbers, share.pairs, share.images])
+    write_table(header, lines, path)
+
+
+def write_table(header: Sequence[str], lines: Sequence[Sequence[object]], path: Path) -> None:
+    """Writes a CSV file, which replaces an earlier one as a whole."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    # Names of files may have bytes that are no UTF-8.
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def draw_shares(shares: Sequence[Share], path: Path, *, title: str) -> None:
+    """Saves a PNG of accuracies with their intervals, and chance as a dashed line.
+
+    Of more than 40 the best and the worst are shown, in order of accuracy; others keep their order.
+    """
+    shown = list(shares)
+    if len(shown) > _MOST_LINES:
+        by_accuracy = sorted(shown, key=lambda share: -share.percent)
+        half = _MOST_LINES // 2
+        shown = [*by_accuracy[:half], *by_accuracy[-half:]]
+        title += f"\nthe best {half} and the worst {half} of {len(shares)}"
+    figure = Figure(figsize=(8, 1.6 + _INCHES_PER_LINE * len(shown)), layout="constrained")
+    axis = figure.add_subplot()
+    highest = 50.0
+    for line, share in enumerate(shown):
+        # An interval of everything says that all pairs are of one source: it is not drawn.
+        if (share.low, share.high) != (0, 100):
+            axis.plot([share.low, share.high], [line, line], color="tab:blue", linewidth=2)
+            highest = max(highest, share.high)
+        highest = max(highest, share.percent)
+        axis.plot(share.percent, line, "o", color="tab:blue", markersize=5)
+    names = [f"{share.name} ({share.pairs:,} pairs)" for share in shown]
+    axis.set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
+    # The first share stands at the top.
+    axis.invert_yaxis()
+    axis.axvline(CHANCE_PERCENT, color="gray", linestyle="--", linewidth=1, label="chance")
+    axis.set_xlim(0, highest + 2)
+    axis.set_xlabel("right answers, %, with 95 % intervals")
+    axis.set_title(title, fontsize=11, parse_math=False)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
+    with writing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
