@@ -46,7 +46,7 @@ Box = tuple[int, int, int, int]  # x1 y1 x2 y2 in pixels of the stored image
 
 _TABLE_FILE = "neighbors.csv"
 # Vectors that are multiplied with the queries at once, for the mean correlation.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
 _TILE_PX = 112
 # Half the width of a 95 % interval, in standard errors of a mean.
 _Z_95 = 1.96

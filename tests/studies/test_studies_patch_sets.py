@@ -25,6 +25,7 @@ from relloc.studies.patch_sets import (
     PatchSet,
     RandomPatch,
     RandomSquares,
+    _cut_together,
     check_patch_settings,
     collect_patches,
     cut_resized,
@@ -133,18 +134,20 @@ def test_patches_are_cut_and_resized_as_torch_and_pillow_do(
         resized = pictures[number].crop(box).resize((patch_px,) * 2, Image.Resampling.BILINEAR)
         by_pillow = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         assert (patch - by_pillow).abs().max() < 1.6
-    # How many boxes are resized at once does not matter.
-    monkeypatch.setattr("relloc.studies.patch_sets._WORK_BYTES", {"cpu": 1})
-    one_by_one = cut_resized(flat, numbers, np.array(boxes), patch_px)
-    torch.testing.assert_close(one_by_one, cut, atol=1e-3, rtol=0)
+    # How many boxes are resized at once, on a GPU, does not matter.
+    for work_bytes in (1, 48 * 64 * 90 * 2, 2**30):
+        monkeypatch.setattr("relloc.studies.patch_sets._WORK_BYTES", work_bytes)
+        together = _cut_together(flat, numbers, np.array(boxes), patch_px)
+        torch.testing.assert_close(together, cut, atol=2e-3, rtol=0)
 
 
 def test_boxes_of_the_size_of_patches_keep_their_pixels(images: FolderImages) -> None:
     pixels = np.array(images.read(3))
     boxes = np.array([(5, 6, 37, 38), (45, 91, 77, 123)])
-    cut = cut_resized(flat_images([pixels], CPU), np.array([0, 0]), boxes, 32)
-    assert cut[0].permute(1, 2, 0).byte().numpy().tobytes() == pixels[6:38, 5:37].tobytes()
-    assert cut[1].permute(1, 2, 0).byte().numpy().tobytes() == pixels[91:, 45:].tobytes()
+    for cutting in (cut_resized, _cut_together):
+        first, second = cutting(flat_images([pixels], CPU), np.array([0, 0]), boxes, 32)
+        assert np.array_equal(first.permute(1, 2, 0), pixels[6:38, 5:37])
+        assert np.array_equal(second.permute(1, 2, 0), pixels[91:, 45:])
 
 
 @pytest.mark.parametrize("network", ["small", "alexnet"])
