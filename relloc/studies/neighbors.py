@@ -198,7 +198,9 @@ class Neighbors(Evaluation):
                 chances = chances_of_class(
                     labels[queries.images], excluded, own_rows, labels[collection.images], groups
                 )
-            yield from self._scores(layer, images, queries, collection, found, means, chances)
+            scores = list(self._scores(layer, images, queries, collection, found, means, chances))
+            context.print_line(_finding(layer, scores))
+            yield from scores
         if lines:
             _write_table(context.folder / _TABLE_FILE, lines)
 
@@ -510,6 +512,21 @@ def chances_of_class(
         is_same = is_eligible & (patch_labels == label)
         chances.append(int(is_same.sum()) / int(is_eligible.sum()))
     return torch.tensor(chances, dtype=torch.float64)
+
+
+def _finding(layer: str, scores: Sequence[Score]) -> str:
+    """Returns the numbers of a layer as a sentence."""
+    values = {score.series or score.metric: score.value for score in scores}
+    text = (
+        f"neighbors at {layer}: mean correlation {values['nearest_correlation']:.3f} with the "
+        f"nearest patch, {values['mean_correlation']:.3f} with all"
+    )
+    if "same_class" in values:
+        text += (
+            f"; {values['same_class']:.1f} % of neighbors are of the query's class, "
+            f"{values['same_class_chance']:.1f} % by chance"
+        )
+    return text
 
 
 def _interval(

@@ -66,9 +66,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> FolderImages:
     )
 
 
-def context_of(images: FolderImages, folder: Path, workers: int = 0, seed: int = 3) -> Context:
+def context_of(
+    images: FolderImages, folder: Path, workers: int = 0, seed: int = 3, **more: Any
+) -> Context:
     torch.manual_seed(0)
     return context(
+        **more,
         backbone=SmallBackbone(widths=(8, 8, 8, 10, 12)).eval(),
         splits=Splits(train=images, held_out=images),
         encode_config=EncodeConfig(
@@ -199,6 +202,15 @@ def test_batches_workers_and_layers_change_no_neighbor(
     drawn = sorted(path.name for path in (tmp_path / "usual").glob("*.png"))
     assert drawn == ["neighbors_embedding.png", "neighbors_feature2.png"]
     assert not list((tmp_path / "other").glob("*.png"))
+
+
+def test_findings_are_told_in_words(images: FolderImages, tmp_path: Path) -> None:
+    told: list[str] = []
+    list(study().run(context_of(images, tmp_path, print_line=told.append)))
+    assert len(told) == 4  # a sheet and a sentence for each layer
+    assert "neighbors_embedding.png" in told[0]
+    assert "embedding" in told[1]
+    assert "by chance" in told[1]
 
 
 def test_images_without_labels_have_correlations_alone(

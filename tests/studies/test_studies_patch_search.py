@@ -101,6 +101,35 @@ def test_float16_vectors_of_one_huge_image_are_searched_to_the_end() -> None:
     assert set(others.rows[0].tolist()) == {2997, 2998, 2999}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bank", ["cpu", "cuda"])
+def test_a_gpu_finds_the_same(bank: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    vectors = unit_vectors(torch.randn(5000, 64, generator=generator)).half()
+    groups = torch.arange(5000) // 10
+    queries = vectors[::97]
+    found = nearest_patches(
+        queries.cuda().float(),
+        vectors.to(bank),
+        groups,
+        7,
+        own_groups=groups[::97],
+        one_per_group=True,
+        name="made",
+    )
+    on_cpu = nearest_patches(
+        queries.float(),
+        vectors,
+        groups,
+        7,
+        own_groups=groups[::97],
+        one_per_group=True,
+        name="made",
+    )
+    assert found.rows.equal(on_cpu.rows)
+    torch.testing.assert_close(found.similarities, on_cpu.similarities)
+
+
 def test_vectors_that_are_not_finite_are_refused() -> None:
     vectors = torch.randn(20, 4)
     vectors[3, 2] = float("nan")

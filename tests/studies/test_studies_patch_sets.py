@@ -1,5 +1,6 @@
 """Patches of images of any size: what is cut, resized, encoded and kept, beside plain twins."""
 
+import copy
 import dataclasses
 import random
 from collections.abc import Sequence
@@ -139,6 +140,34 @@ def test_patches_are_cut_and_resized_as_torch_and_pillow_do(
         monkeypatch.setattr("relloc.studies.patch_sets._WORK_BYTES", work_bytes)
         together = _cut_together(flat, numbers, np.array(boxes), patch_px)
         torch.testing.assert_close(together, cut, atol=2e-3, rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_cuts_and_keeps_the_same_patches(
+    backbone: SmallBackbone, images: FolderImages
+) -> None:
+    gpu = torch.device("cuda")
+    pictures = [np.array(images.read(index)) for index in (0, 1)]
+    boxes = np.array([(0, 0, 90, 70), (3, 5, 99, 64), (58, 38, 90, 70), (1, 2, 18, 19)])
+    numbers = np.array([0, 1, 0, 0])
+    on_cpu = cut_resized(flat_images(pictures, CPU), numbers, boxes, 32)
+    on_gpu = cut_resized(flat_images(pictures, gpu), numbers, boxes, 32)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=0.3, rtol=0)
+    kept = collect_patches(
+        copy.deepcopy(backbone).to(gpu),
+        images,
+        patch_keys(range(len(images)), seed=7),
+        BOXES,
+        layers=("feature3", "embedding"),
+        patch_px=32,
+        batch=4,
+        config=dataclasses.replace(config(), device=gpu),
+        what="patches",
+    )
+    expected = collected(backbone, images)
+    for layer, vectors in kept.vectors.items():
+        assert vectors.device.type == "cuda"
+        torch.testing.assert_close(vectors.cpu(), expected.vectors[layer], atol=0.02, rtol=0)
 
 
 def test_boxes_of_the_size_of_patches_keep_their_pixels(images: FolderImages) -> None:
