@@ -72,13 +72,15 @@ class Splits:
 
     `remarks` are sentences for the user about how the folders on disk were understood.
     `published_images` are the numbers of images of the published splits, by their names; it is
-    empty where the splits were chosen otherwise.
+    empty where the splits were chosen otherwise. `is_unnamed` says that the data set was given no
+    name, so that it is called after its folder (`relloc.data.unnamed`).
     """
 
     train: ImageSet
     held_out: ImageSet
     remarks: tuple[str, ...] = ()
     published_images: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    is_unnamed: bool = False
 
     def of(self, role: Role) -> ImageSet:
         """Returns the training split or the held-out split."""

@@ -55,6 +55,7 @@ from relloc.data.parts import (
 )
 from relloc.data.processes import Progress, Tick, work_through
 from relloc.data.shards import decoded, shards
+from relloc.data.unnamed import UNNAMED
 from relloc.errors import DataError, UnreadableImage, data_errors
 from relloc.files import remove_all_unfinished, write_whole, writing
 from relloc.geometry import ShortSide
@@ -312,6 +313,8 @@ def _finish(
     """Writes the indices, the check and the manifest of a folder whose tars are all finished."""
     result = summary(data, out / UNFINISHED, parts)
     manifest = {"format": FORMAT, "version": VERSION, "name": data.train.name, "packed": wanted}
+    if data.is_unnamed:
+        manifest |= {"name": UNNAMED, "called": data.train.name}
     for role, split_check in zip(ROLES, (result.train, result.held_out), strict=True):
         role_parts = [part for part in parts if part.role == role]
         entry = _write_index(data.of(role), out, role_parts)

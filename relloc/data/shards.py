@@ -35,6 +35,7 @@ from relloc.data.contents import versioned
 from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.images import check_size
 from relloc.data.manifest import file_hash, names_name, read_index, read_manifest, shard_name
+from relloc.data.unnamed import UNNAMED
 from relloc.errors import DataError, UnreadableImage, data_errors
 
 # Tars that are kept open. The limit of open files is often 1024.
@@ -146,7 +147,8 @@ class ShardImages:
         about = manifest[role]
         packed = manifest["packed"]
         self._about = about
-        self.name: str = manifest["name"]
+        # Images that had no name when packed are called after the folder that they lay in.
+        self.name: str = manifest.get("called", manifest["name"])
         self.split: str = about["split"]
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self._per_shard: int = packed["images_per_shard"]
@@ -260,4 +262,4 @@ def shards(*, root: str) -> Splits:
         # Only images that may show several classes have `presence`.
         kind = MultiLabeledShards if about.get("multi_labeled") else ShardImages
         splits[role] = kind(folder, role)
-    return Splits(**splits)
+    return Splits(**splits, is_unnamed=manifest["name"] == UNNAMED)

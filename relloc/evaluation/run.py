@@ -19,6 +19,7 @@ from torch import Tensor
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.lists import MultiLabeled
+from relloc.data.unnamed import UNNAMED
 from relloc.evaluation.contract import (
     BATCH_NORMS,
     Context,
@@ -126,7 +127,9 @@ def fingerprint(
     both_splits = (splits.train, splits.held_out)
     images = []
     for split in both_splits:
-        images.append((split.name, split.split, split.digest()))
+        # The folder of images without a name may be renamed: their digest says what they are.
+        name = UNNAMED if splits.is_unnamed else split.name
+        images.append((name, split.split, split.digest()))
     # A digest covers one class per image; what else an image shows is hashed here.
     if evaluation.labels == "presence":
         for split in both_splits:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from relloc.errors import DataError
+from relloc.reports.folder_names import with_folder_names
 from relloc.reports.published import BEST_LAYER
 from relloc.results import RESULTS_FILE, Result, read_results
 from relloc.tracking.record import RUN_FILE, RunRecord
@@ -62,6 +63,7 @@ class Measured:
         older: Earlier measurements of the same number, which it replaces.
         variant: The variant of its line.
         images: Names the digest of the images where others have the same name, split and number.
+        recorded_dataset: The name of its data set in the record of the run.
     """
 
     result: Result
@@ -69,12 +71,13 @@ class Measured:
     older: tuple["Measured", ...] = ()
     variant: str = ""
     images: str = ""
+    recorded_dataset: str = ""
 
     @property
     def digest(self) -> str:
         """The hash of the evaluated images, as the run recorded it, or "" if it did not."""
-        row = self.result
-        return self.run.digests.get(f"{row.dataset}-{row.split}", "")
+        dataset = self.recorded_dataset or self.result.dataset
+        return self.run.digests.get(f"{dataset}-{self.result.split}", "")
 
     @property
     def line(self) -> Line:
@@ -154,14 +157,19 @@ def _results_in(folder: Path) -> Iterator[Measured]:
         return  # MLflow's copy of the results lies in a folder without a run record
     try:
         # Each run that measured some of the rows is read once
-        own = _read_run(folder)
+        record = RunRecord.read(folder)
+        own = _run(folder, record)
         rows = read_results(folder)
         origins = {row.measured_in: _origin(row.measured_in, own) for row in rows}
     except (ValueError, OSError) as error:
         raise DataError(f"{error}: repair or remove it, or name other folders") from error
     # Outside of the `try`: errors of whoever takes the results are none of these files
-    for row in rows:
-        yield Measured(result=row, run=origins[row.measured_in])
+    for row, named in zip(rows, with_folder_names(rows, record.params), strict=True):
+        yield Measured(
+            result=named,
+            run=origins[row.measured_in],
+            recorded_dataset=row.dataset,
+        )
 
 
 def _origin(measured_in: str, own: Run) -> Run:
@@ -170,13 +178,13 @@ def _origin(measured_in: str, own: Run) -> Run:
         return own
     folder = Path(measured_in)
     if (folder / RUN_FILE).exists():
-        return _read_run(folder.resolve())
+        folder = folder.resolve()
+        return _run(folder, RunRecord.read(folder))
     # The folder was removed since the row was copied from it
     return dataclasses.replace(own, folder=folder, name=folder.name, commit=UNKNOWN_COMMIT)
 
 
-def _read_run(folder: Path) -> Run:
-    record = RunRecord.read(folder)
+def _run(folder: Path, record: RunRecord) -> Run:
     # A name with several digests does not say which of them a number was measured on
     digests = {(dataset.name, dataset.digest) for dataset in record.datasets}
     names = [name for name, _ in digests]

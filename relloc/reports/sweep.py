@@ -14,6 +14,7 @@ import pandas as pd
 
 from relloc.errors import DataError
 from relloc.reports.as_csv import as_text
+from relloc.reports.folder_names import with_folder_names
 from relloc.reports.lines import short_names
 from relloc.reports.missing import MissingEvaluations
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
@@ -152,7 +153,10 @@ def read_sweep(
 def _results_of(point: Point) -> Iterable[Result]:
     """Returns the results of a point; of a number that was measured again only the last."""
     last: dict[object, Result] = {}
-    for row in read_results(point.folder):
+    rows: Iterable[Result] = read_results(point.folder)
+    if (point.folder / RUN_FILE).exists():
+        rows = with_folder_names(rows, RunRecord.read(point.folder).params)
+    for row in rows:
         number = (row.tracked_name, row.dataset, row.split, row.checkpoint)
         last[number] = row
     return last.values()

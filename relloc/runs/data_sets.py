@@ -1,5 +1,6 @@
 """A data set as the settings name it, before any of its files are read."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -18,9 +19,10 @@ from relloc.data.image_set import Splits, warn_of_other_counts
 from relloc.data.lists import COUNTED_YEAR, MultiLabeled
 from relloc.data.processes import without_progress
 from relloc.data.shards import shards
+from relloc.data.unnamed import UNNAMED, called_after
 from relloc.errors import DataError, MissingData, UsageError
 from relloc.runs import console
-from relloc.terminal import quantity
+from relloc.terminal import escaped, quantity
 
 # Tells what to unpack where.
 DATA_PAGE = "docs/evaluations.md, Data sets"
@@ -69,12 +71,15 @@ class DataSet:
 
         Since every `data=folder` has the same name, the name of the folder stands for it.
         """
+        return self._called[:_LONGEST_NAME]
+
+    @property
+    def _called(self) -> str:
+        """The name of the data set: `name`, or that of the folder if none was given."""
         root = self.shards or self.source.get("root")
-        if self.name != "folder" or not root:
-            return self.name[:_LONGEST_NAME]
-        folders = [root] if isinstance(root, str) else root
-        names = [Path(str(folder)).resolve().name or "folder" for folder in folders]
-        return "+".join(names)[:_LONGEST_NAME]
+        if self.name != UNNAMED or not root:
+            return self.name
+        return called_after(root)
 
     @property
     def missing_setting(self) -> str:
@@ -163,6 +168,8 @@ class DataSet:
             if is_missing and is_first:
                 raise MissingData(ranks.from_first(message)) from error
             raise DataError(message) from error
+        if found.train.name == UNNAMED:
+            found = _renamed(found, self._called)
         if self.shards:
             found = dataclasses.replace(found, published_images=self._published_images())
             self._warn_of_other_images(found)
@@ -216,6 +223,18 @@ class DataSet:
         return counts if counts and is_counted_year else {}
 
 
+def _renamed(found: Splits, name: str) -> Splits:
+    """Returns a data set that was given no name under that of its folder."""
+    renamed = []
+    for images in (found.train, found.held_out):
+        # Whatever lists images may be of any class. Their digests, not yet computed, have no name.
+        own: Any = copy.copy(images)
+        object.__setattr__(own, "name", name)
+        renamed.append(own)
+    train, held_out = renamed
+    return dataclasses.replace(found, train=train, held_out=held_out, is_unnamed=True)
+
+
 def _report(found: Splits) -> None:
     """Prints the numbers of images and classes."""
     labels = (
@@ -229,7 +248,7 @@ def _report(found: Splits) -> None:
     elif isinstance(found.train, SegmentedImages):
         labels = f"the class of each pixel, of {len(found.train.classes)}"
     counts = f"{quantity(len(found.train), 'image')} to train on, {len(found.held_out)} held out"
-    console.print_message(f"data    {found.train.name}: {counts}, {labels}")
+    console.print_message(f"data    {escaped(found.train.name)}: {counts}, {labels}")
     for remark in found.remarks:
         console.print_message(f"        {remark}")
 

@@ -15,6 +15,7 @@ from relloc.data.check import Check, SplitCheck, check
 from relloc.data.image_set import ROLES
 from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
+from relloc.data.unnamed import UNNAMED
 from relloc.runs import console
 from relloc.runs.build import Preparing
 from relloc.runs.data_sets import DataSet
@@ -70,7 +71,9 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         if is_annotated:
             return
     if shards:
-        member = _data_member(data.train.name, invocation)
+        # A folder may be called like a data set that it does not hold.
+        name = UNNAMED if data.is_unnamed else data.train.name
+        member = _data_member(name, invocation)
         console.print_next("train", **{"data": member, "data.shards": shards})
     else:
         # The same command, with a folder to pack into.
@@ -85,7 +88,7 @@ def _data_member(name: str, invocation: Invocation) -> str:
         return name
     # "photos", the default, holds sample images: packed images of the user's are a "folder".
     chosen = str(invocation.choices["data"])
-    return "folder" if chosen == "photos" else chosen
+    return UNNAMED if chosen == "photos" else chosen
 
 
 def _print_findings(findings: Check, data: DataSet) -> None:

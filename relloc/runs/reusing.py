@@ -83,11 +83,15 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
         # The same weights may have been measured under several paths. One set of rows is enough;
         # it is copied under the path that this command gave.
         first = found[key][0]
-        copies = [
-            dataclasses.replace(row, checkpoint=model.checkpoint)
-            for row in found[key]
-            if row.checkpoint == first.checkpoint
-        ]
+        copies = []
+        for row in found[key]:
+            if row.checkpoint != first.checkpoint:
+                continue
+            dataset = row.dataset
+            # The folder may have had another name, or rows none, when they were measured.
+            if part.named.splits.is_unnamed:
+                dataset = part.named.splits.train.name
+            copies.append(dataclasses.replace(row, checkpoint=model.checkpoint, dataset=dataset))
         append_results(run.run_dir, copies)
         # One line an evaluation and batch norm, not one for each layer.
         if (name, part.batch_norm) not in reported:

@@ -526,3 +526,20 @@ def test_images_without_presence_are_refused_by_name(model: EvaluatedModel, spli
 
     with pytest.raises(UsageError, match=r"eval\.svm .*PASCAL VOC.*\bcolors\b"):
         rows_of(model, splits, settings(), {"svm": Presence(look=lambda _context: None)})
+
+
+def test_results_are_recognized_whatever_the_folder_of_unnamed_images_is_called(
+    model: EvaluatedModel, splits: Splits
+) -> None:
+    def of(name: str, *, is_unnamed: bool) -> str:
+        renamed = Splits(
+            train=dataclasses.replace(splits.train, name=name),  # type: ignore[type-var]
+            held_out=dataclasses.replace(splits.held_out, name=name),  # type: ignore[type-var]
+            is_unnamed=is_unnamed,
+        )
+        return fingerprint(EVALUATIONS["knn"], model, renamed, settings(), "as_trained")
+
+    # Earlier versions hashed the name in the settings of every such data set
+    earlier = of("folder", is_unnamed=False)
+    assert of("birds", is_unnamed=True) == of("cars", is_unnamed=True) == earlier
+    assert of("birds", is_unnamed=False) != earlier

@@ -6,7 +6,7 @@ import pytest
 
 from relloc.errors import DataError
 from relloc.reports.load import UNKNOWN_COMMIT, find_measured, newest
-from relloc.results import RESULTS_FILE
+from relloc.results import RESULTS_FILE, append_results
 from relloc.tracking import RunRecord
 from relloc.tracking.record import DatasetRecord
 
@@ -135,3 +135,27 @@ def test_the_digest_of_the_images_is_that_of_the_record_where_it_has_one(
     )
     dataclasses.replace(RunRecord.read(run), datasets=datasets).write(run)
     assert [each.digest for each in find_measured([tmp_path])] == ["1", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("params", "called"),
+    [
+        ({"data.root": "/data/birds"}, "birds"),
+        ({"data.root": '["/data/birds", "/data/cars"]'}, "birds+cars"),
+        ({"data.root": "/data/birds", "data.shards": "/packed/boats"}, "boats"),
+        ({"data.root": "/d/birds", "eval.knn.data.name": "folder", "eval.knn.data.root": "x"}, "x"),
+        ({}, "folder"),
+    ],
+)
+def test_older_rows_of_unnamed_images_are_called_after_the_folder(
+    result, tmp_path: Path, params: dict[str, str], called: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    images = DatasetRecord(
+        name="folder-val", context="eval", digest="12", source="/data", n_images=3
+    )
+    RunRecord(name="run", experiment="relloc", params=dict(params), datasets=(images,)).write(run)
+    append_results(run, [result("knn", "avgpool", "top1_k20", 1.0, dataset="folder")])
+    [found] = find_measured([run])
+    assert (found.result.dataset, found.digest) == (called, "12")
