@@ -1,13 +1,16 @@
 """Patches a second and memory of studies of patches, beside plain loops in the same run.
 
-Three parts, each timed as a whole, with a loop that does the same one after the other:
+Four parts, each timed as a whole, with a loop that does the same one after the other:
 
 * encoding, from JPEG files to unit vectors in float16 (`relloc.studies.patch_sets`); the loop reads
   an image, cuts and resizes its patches by Pillow, and encodes those of one image together;
 * cutting and resizing alone, on the device, of squares of many sizes (`cut_resized`); the loop
   calls torch's `interpolate` for each, as ours does too on a CPU;
 * searching the nearest patch of each of k other images, exactly (`relloc.studies.patch_search`);
-  the loop multiplies one query with all patches in float32, sorts, and takes what counts.
+  the loop multiplies one query with all patches in float32, sorts, and takes what counts;
+* the best images of constellations of four of these patches (`relloc.studies.best_images`), of
+  which pairs of constellation and image are counted; the loop compares one constellation with one
+  image after the other.
 
 The loops are timed on a part. For a sample of queries the neighbors are compared with float64.
 Images are JPEGs of 375 x 500 px, 512 different ones, read again and again; --root takes others.
@@ -17,7 +20,7 @@ import argparse
 import gc
 import resource
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,12 @@ from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.runs import build, engine
 from relloc.runs.settings import conf_dir
+from relloc.studies.best_images import BestImages, best_images
+from relloc.studies.constellations import PATCHES
 from relloc.studies.patch_search import NearestPatches, nearest_patches
 from relloc.studies.patch_sets import (
     EMBEDDING,
+    EncodedPatches,
     PatchSet,
     RandomSquares,
     collect_patches,
@@ -53,10 +59,25 @@ DIFFERENT_FILES = 512
 HEIGHT, WIDTH = 375, 500
 CUT_SIDES = range(64, 257, 16)  # of the squares that are only cut and resized
 CUT_IMAGES = 16
+TOP_IMAGES = 100  # of a constellation
 # Full size on a GPU, a small part of it on a CPU
 DEFAULTS = {
-    "cuda": {"images": 50_000, "patches": 20, "queries": 5_000, "model": "alexnet", "batch": 1024},
-    "cpu": {"images": 200, "patches": 8, "queries": 100, "model": "small", "batch": 128},
+    "cuda": {
+        "images": 50_000,
+        "patches": 20,
+        "queries": 5_000,
+        "constellations": 16_384,
+        "model": "alexnet",
+        "batch": 1024,
+    },
+    "cpu": {
+        "images": 200,
+        "patches": 8,
+        "queries": 100,
+        "constellations": 1_000,
+        "model": "small",
+        "batch": 128,
+    },
 }
 Row = dict[str, Any]
 
@@ -76,9 +97,10 @@ def main() -> None:
         encoding, patches = _encoding(backbone, images, config, options)
     cutting = _cutting(config.device, options)
     searching = _searching(patches, config.device, options)
-    rows = [*encoding, *cutting, *searching]
+    mining = _mining(patches, config.device, options)
+    rows = [*encoding, *cutting, *searching, *mining]
     ratios = {}
-    for part in (encoding, cutting, searching):
+    for part in (encoding, cutting, searching, mining):
         ours, loop = part
         ratios[f"{ours['part']}, ours over the loop"] = ours["a second"] / loop["a second"]
     title = (
@@ -93,6 +115,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="default: 50,000 on a GPU, 200 on a CPU")
     parser.add_argument("--patches", type=int, help="of each image; default: 20, or 8")
     parser.add_argument("--queries", type=int, help="default: 5,000, or 100")
+    parser.add_argument("--constellations", type=int, help="default: 16,384, or 1,000")
     parser.add_argument("--model", help="a member of conf/model; default: alexnet, or small")
     parser.add_argument("--batch", type=int, help="patches encoded at once; default: 1,024, or 128")
     parser.add_argument("--sides", type=int, nargs="+", default=[96, 144], help="of the patches")
@@ -100,6 +123,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--plain-images", type=int, default=40, help="that the loop encodes")
     parser.add_argument("--plain-queries", type=int, default=20, help="that the loop searches")
+    parser.add_argument("--plain-constellations", type=int, default=4, help="that the loop mines")
     parser.add_argument("--cut", type=int, default=2048, help="squares that are only cut")
     parser.add_argument("--root", type=Path, help="a folder of images, in place of made ones")
     parser.add_argument(
@@ -273,6 +297,59 @@ def _searching(patches: PatchSet, device: torch.device, options: argparse.Namesp
         difference = exact[chosen.to(exact.device)] - exact[wanted.to(exact.device)]
         n_same += int((difference > -1e-9).all())
     rows[0]["agreement"] = f"as near as the loop's: {n_same} of {n_plain} queries"
+    return rows
+
+
+def _mining(patches: PatchSet, device: torch.device, options: argparse.Namespace) -> list[Row]:
+    vectors = patches.vectors[EMBEDDING]
+    n_images = int(patches.images.max()) + 1
+    top = min(TOP_IMAGES, n_images - 1)
+    sources = torch.arange(n_images)
+    # Four patches in a row, nearly always of one image
+    firsts = torch.linspace(0, len(patches) - PATCHES, options.constellations).long()
+    seed_rows = (firsts.unsqueeze(1) + torch.arange(PATCHES)).flatten()
+    seeds = vectors[seed_rows.to(vectors.device)].to(device).float()
+    seed_images = patches.images[firsts]
+    found: list[BestImages] = []
+    by_loop: list[list[int]] = []
+
+    def encoded() -> Iterator[EncodedPatches]:
+        for start in range(0, len(patches), options.batch):
+            part = slice(start, start + options.batch)
+            yield EncodedPatches(
+                features={EMBEDDING: vectors[part].to(device).float()},
+                images=patches.images[part].numpy(),
+                places=patches.images[part].numpy(),
+                boxes=patches.boxes[part].numpy(),
+            )
+
+    def ours() -> None:
+        best = best_images(seeds, seed_images, encoded(), sources=sources, layer=EMBEDDING, top=top)
+        found[:] = [best]
+
+    n_plain = min(options.plain_constellations, len(seed_images))
+    counts = patches.images.bincount(minlength=n_images)
+    ends = counts.cumsum(dim=0).tolist()
+
+    def loop() -> None:
+        for number in range(n_plain):
+            four = seeds[PATCHES * number : PATCHES * (number + 1)]
+            scores = torch.full((n_images,), -torch.inf)
+            start = 0
+            for image, end in enumerate(ends):
+                if end > start and image != int(seed_images[number]):
+                    of_image = unit_vectors(vectors[start:end].to(device).float())
+                    scores[image] = (four @ of_image.T).amax(dim=1).sum()
+                start = end
+            by_loop.append(scores.topk(top).values.tolist())
+
+    rows = [
+        _timed("ours", "mining", len(seed_images) * n_images, ours, device),
+        _timed("loop", "mining", n_plain * n_images, loop, device),
+    ]
+    wanted = torch.tensor(by_loop)
+    difference = (found[0].scores[:n_plain].cpu() - wanted).abs().max()
+    rows[0]["agreement"] = f"scores within {difference:.1g}"
     return rows
 
 

@@ -62,6 +62,9 @@ class Use(enum.Enum):
     DENSE_IMAGE_CLUSTERS = "first centroids of the clusters of an image: seed, image"
     ASKED_PLACES = "sizes and places of grids that a study asks about: seed, image"
     ASKED_PATCHES = "jitter and colors of these grids: seed, image"
+    DISCOVERY_IMAGES = "which images get one more constellation than others: seed"
+    DISCOVERY_SEEDS = "constellations of patches that are searched for, in an image: seed, image"
+    DISCOVERY_LABELS = "labels of images shuffled, for purity by chance: seed, number of shuffle"
     STUDY_PATCHES = "boxes of the patches that a study cuts from an image: seed, image"
     STUDY_QUERIES = "patches whose nearest neighbors are looked for: seed"
 

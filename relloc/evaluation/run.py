@@ -131,7 +131,7 @@ def fingerprint(
         name = UNNAMED if splits.is_unnamed else split.name
         images.append((name, split.split, split.digest()))
     # A digest covers one class per image; what else an image shows is hashed here.
-    if evaluation.labels == "presence":
+    if evaluation.labels in ("presence", "own"):
         for split in both_splits:
             if isinstance(split, MultiLabeled):
                 images.append(hash_lines(map(str, split.presence())))

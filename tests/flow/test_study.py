@@ -66,6 +66,34 @@ def check_neighbors(relloc: Callable[..., Any], run: Path, tmp_path: Path) -> No
     assert "study.neighbors.k is 0" in wrong.text
 
 
+def check_discovery(relloc: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    """Discovered clusters have tables, sheets and the same constellations for both weights."""
+    settings = {"sides_px": "[32,48]", "patch_px": 32, "n_images": 40, "n_seeds": 30, "set_size": 2}
+    words = [f"study.discovery.{name}={value}" for name, value in settings.items()]
+    command = ("study=discovery", "tracking=none", "hydra.run.dir=mined", *words)
+    mined = relloc("study", f"checkpoint=[{run},random]", *command)
+    assert mined.code == 0, mined.text
+    folders = sorted((tmp_path / "mined" / "evaluations").iterdir())
+    assert len(folders) == 2
+    constellations = []
+    for folder in folders:
+        assert (folder / "purity_coverage.png").stat().st_size > 10_000
+        assert list(folder.glob("clusters*.png"))
+        with open(folder / "clusters.csv", encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        lines.sort(key=lambda line: int(line["constellation"]))
+        columns = ("constellation", "image", "left", "top", "side_px")
+        constellations.append([[line[name] for name in columns] for line in lines])
+    assert constellations[0] == constellations[1]
+    rows = read_results(tmp_path / "mined")
+    assert {row.kind for row in rows} == {"study"}
+    assert {row.split for row in rows} == {"train"}
+    assert sum(row.headline for row in rows) == 2
+    wrong = relloc("study", "checkpoint=random", *command, "study.discovery.set_size=101")
+    assert wrong.code == 2
+    assert "study.discovery.set_size is 101" in wrong.text
+
+
 def test_a_study_and_the_pretext_network_of_a_run(relloc, tmp_path):
     study = ("study=label_free", "study.label_free.n_images=50", "tracking=none")
     run = tmp_path / "run"
@@ -85,6 +113,7 @@ def test_a_study_and_the_pretext_network_of_a_run(relloc, tmp_path):
     assert "--help study" in without.text
 
     check_neighbors(relloc, run, tmp_path)
+    check_discovery(relloc, run, tmp_path)
 
     # A study that asks the head of the pretext task leaves out weights without one.
     asking = ("study=pretext", "study.pretext.places=2", "tracking=none")

@@ -1,0 +1,570 @@
+"""Visual data mining: which arrangements of patches are found again in many images.
+
+Constellations of four adjacent patches are drawn in the images of a collection. In every image the
+best match of each of the four is searched, and the images in which the four match best together are
+kept. Where the matches lie as the constellation does, the image is verified. Constellations with
+many verified images are the clusters that were discovered, without any label (docs/protocols.md
+3.12).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from relloc import checks
+from relloc.data.image_set import ROLES, ImageSet, Splits
+from relloc.data.lists import THERE, MultiLabeled
+from relloc.data.subsets import evenly_spaced
+from relloc.data.views import check_view
+from relloc.errors import DataError, UsageError
+from relloc.evaluation.contract import Context, Evaluation
+from relloc.features.source import format_gib, free_gib
+from relloc.results import Score
+from relloc.seeds import Use, seed_for
+from relloc.studies.best_images import BestImages, best_images, check_finite
+from relloc.studies.constellations import (
+    PATCHES,
+    DenseGrid,
+    GivenBoxes,
+    SeedChoice,
+    draw_constellations,
+    patch_boxes,
+)
+from relloc.studies.discovery_files import (
+    Cluster,
+    draw_curve,
+    save_cluster_sheets,
+    write_cluster_images,
+    write_clusters,
+    write_curve,
+)
+from relloc.studies.patch_search import source_groups
+from relloc.studies.patch_sets import (
+    EMBEDDING,
+    PATCH_LAYERS,
+    RandomPatch,
+    check_patch_settings,
+    collect_patches,
+    encode_patches,
+)
+from relloc.studies.purity_coverage import (
+    ImagesOfSets,
+    PurityCoverage,
+    Shows,
+    purity_coverage,
+    select_by_coverage,
+)
+from relloc.studies.square_fit import Verification
+
+_SETTING = "study.discovery"
+_TABLE = "Visual data mining"
+_HALF = 0.5  # the coverage up to which the paper gives a second area
+# Bytes that a constellation takes on the device for each of its best images, and for all images
+# that wait to be compared with them, with what it takes to compare them (see `best_images`).
+_BYTES_PER_IMAGE = 3 * 76
+_BYTES_OF_WAITING = 3 * 5_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discovery(Evaluation):
+    """How many images constellations of patches are found in, and how pure such sets of images are.
+
+    Sizes are in pixels of the stored images. All checkpoints that are evaluated with the same seed
+    and images search the same constellations.
+
+    Attributes:
+        split: the images to search: "held_out" or "train".
+        classes: only images that show one of these classes are searched, and only these classes
+            count for purity; None for all images and classes.
+        n_images: the largest number of images, which are evenly spaced; None for all.
+        n_seeds: number of constellations.
+        seed_places: "gradient" draws places of constellations in proportion to the squared gradient
+            of the luminance in them, "uniform" all alike.
+        seed_overlap: intersection over union that two constellations of an image may have.
+        sides_px: sides of patches, of constellations and of what they are matched with.
+        stride: largest step between patches of an image, as a share of their side.
+        patch_px: side of the patches that the network sees.
+        layer: what is compared: one of `relloc.studies.patch_sets.PATCH_LAYERS`.
+        top_images: the number of best images of each constellation that are verified.
+        verification: when an image is verified.
+        set_size: the verified images of a constellation that are its set. Constellations with fewer
+            have none.
+        n_sets: the largest number of sets that are selected.
+        purest_first: whether the purity-coverage curve walks through sets from the purest to the
+            least pure, or in the order in which they were selected, without a look at labels.
+        shuffles: the number of random orders of the labels that chance is the mean of.
+        view: the patches that batch norm is recalibrated on.
+        batch: the number of patches that are encoded at once.
+        pictured: the number of clusters of which pictures are drawn.
+
+    Raises:
+        UsageError: one of these is wrong.
+    """
+
+    kind = "study"
+    labels = "own"
+    version = 1
+    layers = ()
+
+    split: str
+    classes: Sequence[str] | None
+    n_images: int | None
+    n_seeds: int
+    seed_places: str
+    seed_overlap: float
+    sides_px: Sequence[int]
+    stride: float
+    patch_px: int
+    layer: str
+    top_images: int
+    verification: Verification
+    set_size: int
+    n_sets: int
+    purest_first: bool
+    shuffles: int
+    view: RandomPatch
+    batch: int = dataclasses.field(repr=False)  # decides no number
+    pictured: int = dataclasses.field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_patch_settings(
+            _SETTING, layers=[self.layer], patch_px=self.patch_px, batch=self.batch
+        )
+        check_view(f"{_SETTING}.view", self.view)
+        checks.one_of(f"{_SETTING}.layer", self.layer, PATCH_LAYERS)
+        checks.one_of(f"{_SETTING}.split", self.split, ROLES)
+        if self.classes is not None and not self.classes:
+            raise UsageError(f"{_SETTING}.classes is []: give names of classes, or null for all")
+        if self.n_images is not None:
+            checks.whole(f"{_SETTING}.n_images", self.n_images, at_least=2)
+        checks.one_of(f"{_SETTING}.seed_places", self.seed_places, ("gradient", "uniform"))
+        checks.number(f"{_SETTING}.seed_overlap", self.seed_overlap, at_least=0, at_most=1)
+        checks.wholes(f"{_SETTING}.sides_px", self.sides_px)
+        checks.number(f"{_SETTING}.stride", self.stride, above=0, at_most=1)
+        for name in ("n_seeds", "top_images", "set_size", "n_sets", "shuffles"):
+            checks.whole(f"{_SETTING}.{name}", getattr(self, name))
+        checks.whole(f"{_SETTING}.pictured", self.pictured, at_least=0)
+        checks.true_or_false(f"{_SETTING}.purest_first", self.purest_first)
+        if self.set_size > self.top_images:
+            raise UsageError(
+                f"{_SETTING}.set_size is {self.set_size}, but only the "
+                f"{_SETTING}.top_images={self.top_images} best images are verified: give at most "
+                "as many"
+            )
+
+    def check(self, splits: Splits) -> None:
+        """Checks that there are images of the classes that were asked for.
+
+        Raises:
+            UsageError: a class is not one of the data set, or images have no labels to choose by.
+            DataError: a list of classes is missing or damaged, or there are fewer than two images.
+        """
+        self._collection(self._searched(splits))
+
+    def run(self, context: Context) -> Iterator[Score]:
+        """Yields areas under the purity-coverage curve first, where images have labels.
+
+        Tables, contact sheets of the best clusters and the curve are written into the context's
+        folder.
+
+        Raises:
+            UsageError: features are not finite, or the memory is too small.
+            DataError: no image is large enough for a constellation.
+        """
+        images = self._searched(context.splits)
+        collection = self._collection(images)
+        sources = _sources(images, collection.indices)
+        seeds = self._seeds(context, images, collection.indices)
+        best = self._best_images(context, images, collection.indices, sources, seeds)
+        verified = self.verification.verified(best.boxes) & (best.images >= 0)
+        clusters = _ranked(seeds, best, verified.cpu(), self.set_size)
+
+        n_images = len(collection.indices)
+        position_of = {index: position for position, index in enumerate(collection.indices)}
+        with_set = [cluster for cluster in clusters if len(cluster.images) >= self.set_size]
+        sets = []
+        for cluster in with_set:
+            positions = [position_of[int(index)] for index in cluster.images[: self.set_size]]
+            sets.append(np.array(positions, dtype=np.int64))
+        numbers = select_by_coverage(sets, n_images, self.n_sets)
+        selected = [with_set[number] for number in numbers]
+        sets = [sets[number] for number in numbers]
+
+        curve = None
+        shuffled: list[PurityCoverage] = []
+        if collection.shows is not None:
+            curve = purity_coverage(sets, collection.shows, purest_first=self.purest_first)
+            shuffled = self._shuffled_curves(sets, collection.shows, context.seed)
+        self._write(context, images, clusters, selected, sets, collection, curve, shuffled)
+        yield from self._scores(clusters, sets, n_images, curve, shuffled)
+
+    def _searched(self, splits: Splits) -> ImageSet:
+        return splits.train if self.split == "train" else splits.held_out
+
+    def _collection(self, images: ImageSet) -> "_Collection":
+        """Returns which images are searched, and what they show."""
+        shows = _shown_classes(images)
+        class_names: Sequence[str] = images.classes
+        indices = list(range(len(images)))
+        if self.classes is not None:
+            if shows is None:
+                raise UsageError(
+                    f"{_SETTING}.classes is {list(self.classes)}, but {images.name} {images.split} "
+                    "has no labels to choose images by: leave it out"
+                )
+            columns = []
+            for name in self.classes:
+                checks.one_of(f"{_SETTING}.classes", name, images.classes)
+                columns.append(images.classes.index(name))
+            class_names = tuple(self.classes)
+            shows = shows[:, columns]
+            indices = np.flatnonzero(shows.any(axis=1)).tolist()
+        if len(indices) < 2:
+            raise DataError(
+                f"{_SETTING} compares images with one another, but {images.name} {images.split} "
+                f"has only {len(indices)} to search: give more images, or other classes"
+            )
+        if self.n_images is not None:
+            indices = [indices[step] for step in evenly_spaced(len(indices), self.n_images)]
+        if shows is not None:
+            shows = shows[indices]
+        return _Collection(indices=indices, shows=shows, class_names=class_names)
+
+    def _seeds(self, context: Context, images: ImageSet, indices: Sequence[int]) -> "_EncodedSeeds":
+        """Draws the constellations, which depend on images and seed alone, and encodes them."""
+        choice = SeedChoice(
+            sides_px=self.sides_px,
+            by_gradient=self.seed_places == "gradient",
+            most_overlap=self.seed_overlap,
+        )
+        config = context.encode_config
+        drawn = draw_constellations(
+            images, indices, self.n_seeds, choice, config=config, seed=context.seed
+        )
+        if not drawn:
+            smallest = min(self.sides_px)
+            raise DataError(
+                f"none of {len(indices)} images of {images.name} {images.split} has room for a "
+                f"constellation of {2 * smallest} x {2 * smallest} px: give smaller "
+                f"{_SETTING}.sides_px"
+            )
+        boxes = []
+        for squares in drawn.values():
+            boxes.append(patch_boxes(squares).reshape(-1, 4))
+        keys = [(index, number) for number, index in enumerate(drawn)]
+        patches = collect_patches(
+            context.backbone,
+            images,
+            keys,
+            GivenBoxes(lists=boxes),
+            layers=(self.layer,),
+            patch_px=self.patch_px,
+            batch=self.batch,
+            config=config,
+            what="patches of constellations",
+            dtype=torch.float32,
+        )
+        vectors = patches.vectors[self.layer]
+        n_bad = int((~vectors.isfinite().all(dim=1)).sum())
+        check_finite(n_bad, len(vectors), self.layer)
+        return _EncodedSeeds(
+            vectors=vectors.to(context.device),
+            images=patches.images[::PATCHES],
+            boxes=patches.boxes.unflatten(0, (-1, PATCHES)),
+        )
+
+    def _best_images(
+        self,
+        context: Context,
+        images: ImageSet,
+        indices: Sequence[int],
+        sources: Int64[Tensor, "n"],
+        seeds: "_EncodedSeeds",
+    ) -> BestImages:
+        top = min(self.top_images, len(indices) - 1)
+        n_seeds = len(seeds.images)
+        needed_gib = n_seeds * (top * _BYTES_PER_IMAGE + _BYTES_OF_WAITING) / 2**30
+        available_gib = free_gib(context.device)
+        if needed_gib > available_gib:
+            raise UsageError(
+                f"the {top} best images of {n_seeds:,} constellations take "
+                f"{format_gib(needed_gib)}, but the memory of {context.device} has only "
+                f"{format_gib(available_gib)} free: give a smaller {_SETTING}.n_seeds or "
+                f"{_SETTING}.top_images"
+            )
+        encoded = encode_patches(
+            context.backbone,
+            images,
+            [(index, 0) for index in indices],
+            DenseGrid(sides_px=self.sides_px, stride=self.stride),
+            layers=(self.layer,),
+            patch_px=self.patch_px,
+            batch=self.batch,
+            config=context.encode_config,
+            what=f"matches of {n_seeds:,} constellations",
+        )
+        return best_images(
+            seeds.vectors,
+            seeds.images,
+            encoded,
+            sources=sources,
+            layer=self.layer,
+            top=top,
+        )
+
+    def _shuffled_curves(self, sets: ImagesOfSets, shows: Shows, seed: int) -> list[PurityCoverage]:
+        """Returns curves of the same sets, with the labels of all images in random order."""
+        curves = []
+        for number in range(self.shuffles):
+            rng = np.random.default_rng(seed_for(Use.DISCOVERY_LABELS, seed, number))
+            order = rng.permutation(len(shows))
+            curves.append(purity_coverage(sets, shows[order], purest_first=self.purest_first))
+        return curves
+
+    def _write(
+        self,
+        context: Context,
+        images: ImageSet,
+        clusters: Sequence[Cluster],
+        selected: Sequence[Cluster],
+        sets: ImagesOfSets,
+        collection: "_Collection",
+        curve: PurityCoverage | None,
+        shuffled: Sequence[PurityCoverage],
+    ) -> None:
+        """Writes tables and pictures."""
+        folder = context.folder
+        title = f"{images.name} {images.split}, {self.layer}: {context.checkpoint}"
+        selected_classes = _main_classes(sets, collection)
+        write_clusters(clusters, selected, selected_classes, images, folder)
+        # Where few constellations have a set, the next best ones are still worth a look.
+        numbers = {cluster.number for cluster in selected}
+        others = [each for each in clusters if len(each.images) and each.number not in numbers]
+        shown = [*selected, *others][: self.pictured]
+        shown_classes = [*selected_classes, *[""] * len(others)][: self.pictured]
+        write_cluster_images(selected, images, folder)
+        save_cluster_sheets(
+            shown,
+            shown_classes,
+            images,
+            folder,
+            n_images=self.set_size,
+            title=title,
+            config=context.encode_config,
+        )
+        if curve is not None:
+            write_curve(curve, shuffled, folder)
+            draw_curve(curve, shuffled, folder, title=title)
+        best = clusters[0]
+        context.print_line(
+            f"discovery: the best of {len(clusters):,} constellations is verified in "
+            f"{len(best.images)} of {best.n_searched} images; {len(selected)} clusters of "
+            f"{self.set_size} images: see {folder}"
+        )
+
+    def _scores(
+        self,
+        clusters: Sequence[Cluster],
+        sets: ImagesOfSets,
+        n_images: int,
+        curve: PurityCoverage | None,
+        shuffled: Sequence[PurityCoverage],
+    ) -> Iterator[Score]:
+        n_verified = sum(len(cluster.images) for cluster in clusters)
+        n_searched = sum(cluster.n_searched for cluster in clusters)
+        first = Score(
+            table=_TABLE,
+            column="verified",
+            variant=self.layer,
+            layer="" if self.layer == EMBEDDING else self.layer,
+            metric="verified_images",
+            value=100 * n_verified / max(1, n_searched),
+            n=len(clusters),
+            headline=curve is None,
+            higher_is_better=None,
+            protocol="3.12",
+            details=tuple(self._details(len(clusters))),
+            on_train=self.split == "train",
+        )
+        covered = set()
+        for positions in sets:
+            covered.update(positions.tolist())
+        others = [
+            first,
+            dataclasses.replace(
+                first,
+                column="coverage",
+                metric="coverage",
+                value=100 * len(covered) / n_images,
+                n=n_images,
+                headline=False,
+                details=(*first.details, f"share of images in at least one of {len(sets)} sets"),
+            ),
+        ]
+        if curve is not None:
+            yield from self._areas(first, n_images, len(sets), curve, shuffled)
+        yield from others
+
+    def _areas(
+        self,
+        first: Score,
+        n_images: int,
+        n_sets: int,
+        curve: PurityCoverage,
+        shuffled: Sequence[PurityCoverage],
+    ) -> Iterator[Score]:
+        """Yields areas under the purity-coverage curve, and by chance."""
+        order = "from the purest set on" if self.purest_first else "in the order of selection"
+        details = (
+            *first.details,
+            f"{n_sets} sets of {self.set_size} images; mean purity of the sets so far, {order}, "
+            "over their coverage; 100 is a purity of 1 up to a coverage of 1",
+        )
+        chance_detail = f"the same sets, mean of {self.shuffles} shuffles of the labels"
+        for limit, column, suffix in ((1.0, "area", ""), (_HALF, "area to 0.5", "_to_half")):
+            area = dataclasses.replace(
+                first,
+                column=column,
+                metric=f"purity_coverage_area{suffix}",
+                value=100 * curve.area(limit),
+                n=n_images,
+                headline=limit == 1.0,
+                higher_is_better=True,
+                details=details,
+            )
+            yield area
+            yield dataclasses.replace(
+                area,
+                variant=f"{self.layer}, chance",
+                metric=f"purity_coverage_area{suffix}_chance",
+                value=100 * float(np.mean([each.area(limit) for each in shuffled])),
+                headline=False,
+                higher_is_better=None,
+                details=(*details, chance_detail),
+            )
+
+    def _details(self, n_seeds: int) -> Iterator[str]:
+        """Yields the constants, those of the paper and those that are our choice."""
+        sides = ", ".join(map(str, self.sides_px))
+        yield (
+            f"{n_seeds:,} constellations of 2 x 2 patches of {sides} px of the stored image, seen "
+            f"at {self.patch_px} px"
+        )
+        places = "in proportion to gradient energy"
+        if self.seed_places == "uniform":
+            places = "uniformly"
+        yield f"places drawn {places}, overlap at most {self.seed_overlap:g} (our choice)"
+        yield (
+            f"best matches by normalized correlation of {self.layer} among patches at most "
+            f"{self.stride:g} sides apart; {self.top_images} best images, without those of a "
+            "constellation's own source"
+        )
+        check = self.verification
+        yield (
+            f"verified: best square of {check.least_side:.3g} to {check.most_side:.3g} mean patch "
+            f"sides ({check.side_limits}), squared error below {check.most_error:g} squared sides"
+        )
+        if self.classes is not None:
+            yield f"images and purity of {', '.join(self.classes)} alone"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Collection:
+    """The images that are searched, by index, and which classes each shows, if that is known."""
+
+    indices: Sequence[int]
+    shows: Shows | None
+    class_names: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EncodedSeeds:
+    """Constellations: unit vectors of their m = 4 s patches on the device, images and boxes."""
+
+    vectors: Float32[Tensor, "m d"]
+    images: Int64[Tensor, "s"]
+    boxes: Int64[Tensor, "s 4 4"]
+
+
+def _sources(images: ImageSet, indices: Sequence[int]) -> Int64[Tensor, "n"]:
+    """Returns the number of the source of each image by index, and -1 for those not searched.
+
+    Raises:
+        DataError: all images that are searched are of one source.
+    """
+    sources = torch.full((len(images),), -1)
+    searched = torch.tensor(indices)
+    sources[searched] = source_groups(images, searched)
+    if int(sources.max()) < 1:
+        raise DataError(
+            f"all images of {images.name} {images.split} that are searched are of one source, "
+            f"{images.source(indices[0])}, and constellations are searched in others than their "
+            "own: give more images"
+        )
+    return sources
+
+
+def _shown_classes(images: ImageSet) -> Shows | None:
+    """Returns for each image and class whether the image shows it; None without labels.
+
+    A class that is only there as a difficult object (PASCAL VOC) does not count.
+    """
+    if isinstance(images, MultiLabeled):
+        return np.array(images.presence()) == THERE
+    if images.labels is None:
+        return None
+    labels = np.asarray(images.labels)
+    return labels[:, None] == np.arange(len(images.classes))
+
+
+def _main_classes(sets: ImagesOfSets, collection: _Collection) -> list[str]:
+    """Returns for each set the name of its most frequent class and its purity, or nothing."""
+    if collection.shows is None:
+        return [""] * len(sets)
+    names = []
+    for positions in sets:
+        shares = collection.shows[positions].mean(axis=0)
+        main = int(shares.argmax())
+        names.append(f"{collection.class_names[main]} {100 * shares[main]:.0f} %")
+    return names
+
+
+def _ranked(
+    seeds: _EncodedSeeds,
+    best: BestImages,
+    verified: Bool[Tensor, "s top"],
+    set_size: int,
+) -> list[Cluster]:
+    """Returns constellations from the one with most verified images on.
+
+    Of equally many, that with the higher mean score of its first `set_size` verified images comes
+    first (our choice), and then the one that was drawn first.
+    """
+    scores = best.scores.double().cpu()
+    images = best.images.cpu()
+    boxes = best.boxes.cpu()
+    clusters = []
+    keys = []
+    for number in range(len(images)):
+        columns = verified[number].nonzero().squeeze(1)
+        cluster = Cluster(
+            number=number,
+            seed_image=int(seeds.images[number]),
+            seed_boxes=seeds.boxes[number].numpy(),
+            images=images[number, columns].numpy(),
+            scores=scores[number, columns].numpy(),
+            boxes=boxes[number, columns].numpy(),
+            n_searched=int((images[number] >= 0).sum()),
+        )
+        mean_score = -math.inf
+        if len(columns):
+            mean_score = float(cluster.scores[:set_size].mean())
+        keys.append((-len(columns), -mean_score, number))
+        clusters.append(cluster)
+    order = sorted(range(len(clusters)), key=keys.__getitem__)
+    return [clusters[number] for number in order]
