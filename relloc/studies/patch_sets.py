@@ -129,8 +129,10 @@ class RandomPatch:
     patch_px: int
 
     def __post_init__(self) -> None:
-        checks.wholes("view.sides_px", self.sides_px)
-        checks.whole("view.patch_px", self.patch_px)
+        # Studies give their own sides and pixels, so that these are the settings to change; the
+        # builder puts the study's name in place of this one.
+        checks.wholes("study.patches.sides_px", self.sides_px)
+        checks.whole("study.patches.patch_px", self.patch_px)
 
     def __str__(self) -> str:
         sides = " or ".join(map(str, self.sides_px))

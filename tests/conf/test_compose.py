@@ -315,3 +315,9 @@ def test_a_wrong_constant_is_told_by_the_name_of_the_member(
         build.evaluating(
             compose("evaluate", ["checkpoint=random", f"eval=[{member}]", f"eval.{member}.{wrong}"])
         )
+
+
+def test_sides_of_patches_are_told_by_the_name_of_the_study(compose):
+    words = ["checkpoint=random", "study=neighbors", "study.neighbors.sides_px=96"]
+    with pytest.raises(UsageError, match="study.neighbors.sides_px is 96"):
+        build.evaluating(compose("study", words))

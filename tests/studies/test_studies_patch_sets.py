@@ -347,3 +347,14 @@ def test_wrong_settings_are_told_by_name(wrong: dict[str, object], message: str)
     check_patch_settings("study.made", **right)
     with pytest.raises(UsageError, match=message):
         check_patch_settings("study.made", **{**right, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("sides_px", "patch_px", "setting"),
+    [([], 96, "sides_px"), ([0], 96, "sides_px"), ([9], 0, "patch_px")],
+)
+def test_a_wrong_view_is_told_by_the_settings_of_its_study(
+    sides_px: list[int], patch_px: int, setting: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"study\.\w+\.{setting} is "):
+        RandomPatch(sides_px=sides_px, patch_px=patch_px)
