@@ -318,6 +318,6 @@ def test_a_wrong_constant_is_told_by_the_name_of_the_member(
 
 
 def test_sides_of_patches_are_told_by_the_name_of_the_study(compose):
-    words = ["checkpoint=random", "study=neighbors", "study.neighbors.sides_px=96"]
-    with pytest.raises(UsageError, match="study.neighbors.sides_px is 96"):
+    words = ["checkpoint=random", "study=neighbors", "study.neighbors.sides_px=[0]"]
+    with pytest.raises(UsageError, match=r"study\.neighbors\.sides_px is \[0\]"):
         build.evaluating(compose("study", words))
