@@ -101,7 +101,7 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         short_px=[640, 672, 704, 736, 768, 800],
         long_px=1333,
     )
-    published_images: ClassVar = "117,266 images of coco2017 train2017"
+    published_images: ClassVar = "117,266 images of coco2017 train"
 
     epochs: int
     milestone_epochs: Sequence[int]

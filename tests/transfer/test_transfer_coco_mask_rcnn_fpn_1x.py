@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from annotated_sets import write_coco
 from contexts import context
 from torch import nn
 
@@ -151,7 +152,7 @@ def test_scores_have_the_columns_of_the_card_and_pictures_are_drawn(tmp_path: Pa
 
 
 def deviations_of(one: CocoMaskRcnnFpn1x, n: int = 117_266, name: str = "coco2017") -> list[str]:
-    train = Drawn(n=n, name=name, split="train2017")
+    train = Drawn(n=n, name=name, split="train")
     return [*one.deviations(one.length(train)), *one.image_differences(train)]
 
 
@@ -184,6 +185,14 @@ def test_the_card_has_no_deviations_of_its_own() -> None:
 def test_each_other_setting_is_named(changes: dict[str, Any], name: str) -> None:
     (deviation,) = deviations_of(evaluation(**{**PUBLISHED, **changes}))
     assert name in deviation
+
+
+def test_the_published_images_have_the_names_that_the_data_set_has(tmp_path: Path) -> None:
+    # Of 117,266 images only the number has to be made up.
+    root = write_coco(tmp_path)
+    train = coco(name="coco2017", root=str(root), train="train2017", held_out="val2017").train
+    made_up = Drawn(n=117_266, name=train.name, split=train.split)
+    assert list(evaluation(**PUBLISHED).image_differences(made_up)) == []
 
 
 def test_epochs_are_counted_in_iterations_of_the_images_that_are_trained_on(
