@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 from relloc.transfer.segmentation.fine_tuning import FcnFineTuning
+from relloc.transfer.segmentation.inference import SlidingWindows
 from relloc.transfer.segmentation.transforms import TrainingCrops
 
 
@@ -23,6 +24,7 @@ class CityscapesFcn(FcnFineTuning):
     align_corners = True
     published_images = 2_975
     published_augment = TrainingCrops(box=(2049, 1025), crop_px=769)
+    published_view = SlidingWindows(box=(2049, 1025), window_px=769, stride_px=513)
     published: ClassVar = {
         "iterations": 40_000,
         "batch": 8,

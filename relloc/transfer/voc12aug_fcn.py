@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 from relloc.transfer.segmentation.fine_tuning import FcnFineTuning
+from relloc.transfer.segmentation.inference import WholeImage
 from relloc.transfer.segmentation.transforms import TrainingCrops
 
 
@@ -24,6 +25,7 @@ class Voc12AugFcn(FcnFineTuning):
     # 1,464 images of VOC's train, and 9,118 more with masks of SBD.
     published_images = 10_582
     published_augment = TrainingCrops(box=(2048, 512), crop_px=512)
+    published_view = WholeImage(box=(2048, 512))
     published: ClassVar = {
         "iterations": 20_000,
         "batch": 16,

@@ -27,6 +27,7 @@ def test_all_values_are_those_that_the_class_calls_published(compose, name):
     for field, value in one.published.items():
         assert getattr(one, field) == value
     assert same_settings(one.augment, one.published_augment)
+    assert same_settings(one.view, one.published_view)
     assert one.augment.most_of_one_class == 0.75
     photometric = one.augment.photometric
     assert (photometric.brightness, photometric.hue) == (32, 18)

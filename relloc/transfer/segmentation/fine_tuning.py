@@ -55,9 +55,10 @@ class FcnFineTuning(IterativeFineTuning):
     protocol: ClassVar[str]
     # How logits are resized (see `FullyConvolutionalNetwork`).
     align_corners: ClassVar[bool]
-    # Number of training images and crops of the published training.
+    # Number of training images, crops and test of the published training.
     published_images: ClassVar[int]
     published_augment: ClassVar[TrainingCrops]
+    published_view: ClassVar[WholeImage | SlidingWindows]
 
     power: float
     lowest_rate: float
@@ -229,6 +230,8 @@ class FcnFineTuning(IterativeFineTuning):
             yield f"trained on {len(train):,} images instead of {self.published_images:,}"
         if not same_settings(self.augment, self.published_augment):
             yield f"trained on {self.augment} instead of {self.published_augment}"
+        if not same_settings(self.view, self.published_view):
+            yield f"tested on {self.view} instead of {self.published_view}"
 
 
 def _draw(

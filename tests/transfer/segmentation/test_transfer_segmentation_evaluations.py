@@ -138,6 +138,7 @@ def test_rows_name_all_that_differs_from_the_published_training(tmp_path: Path) 
     text = " | ".join(score.deviations)
     for words in ("6 images", "10,582", "crops of 64 px", "iterations 4", "batch 4"):
         assert words in text
+    assert "tested on whole image fitted into 96 x 64 px" in text
     assert "brightness 32" in text
     assert "momentum" not in text
     assert "power" not in text
