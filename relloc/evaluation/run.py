@@ -180,9 +180,13 @@ def _group_key(part: EvalPart) -> tuple[str, ...]:
     evaluation = part.evaluation
     splits = part.named.splits
     kind = "" if evaluation.kind == "fine-tuned" else f"layers {bool(evaluation.layers)}"
+    # Trainings recalibrate batch norm each on samples of their own, in batches of their own size.
+    is_calibrated_alone = evaluation.kind == "fine-tuned" and part.batch_norm == "recalibrated"
+    calibrated_for = part.named.name if is_calibrated_alone else ""
     return (
         part.batch_norm,
         kind,
+        calibrated_for,
         splits.train.digest(),
         splits.held_out.digest(),
         str(part.named.unreadable_share),

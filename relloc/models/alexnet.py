@@ -76,7 +76,7 @@ class AlexNetBackbone(Backbone):
             [self.conv5],
         ]
 
-    def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
+    def embed(self, patches: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         maps = self(patches)
         pool5 = self.pool(maps["feature5"])
         # Patches of other sizes than 96 px: bring pool5 to the 3x3 that fc6 has weights for.

@@ -39,7 +39,7 @@ class Backbone(nn.Module, abc.ABC):
         """Returns, for each of the five stages, the modules that its input passes, in order."""
 
     @abc.abstractmethod
-    def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
+    def embed(self, patches: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Returns one embedding vector per patch: the input of the pretext head."""
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:

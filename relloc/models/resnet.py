@@ -54,6 +54,6 @@ class ResNetBackbone(Backbone, ResNet):
             [self.layer4],
         ]
 
-    def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
+    def embed(self, patches: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         maps = self(patches)
         return self.avgpool(maps["feature5"]).flatten(1)

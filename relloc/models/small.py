@@ -70,6 +70,6 @@ class SmallBackbone(Backbone):
     def layers_of_stages(self) -> list[list[nn.Module]]:
         return [[self.stem], *([block] for block in self.blocks)]
 
-    def embed(self, patches: Float[Tensor, "b 3 p p"]) -> Float[Tensor, "b d"]:
+    def embed(self, patches: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         maps = self(patches)
         return maps["feature5"].mean(dim=(2, 3))

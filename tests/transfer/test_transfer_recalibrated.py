@@ -20,7 +20,7 @@ from relloc.evaluation.contract import (
     NullState,
     log_nothing,
 )
-from relloc.evaluation.run import evaluate, split_evaluation
+from relloc.evaluation.run import evaluate, group_parts, split_evaluation
 from relloc.features.batch_norm import recalibrate
 from relloc.models.small import SmallBackbone
 from relloc.results import Result
@@ -161,3 +161,33 @@ def test_a_semi_supervised_training_is_of_the_same_kind() -> None:
     assert semi.evaluation(batch_norm=BOTH).batch_norms(["as_trained"]) == BOTH
     assert isinstance(semi.evaluation(), SemiSupervised)
     assert semi.evaluation().batch_norms(BOTH) == ["as_trained"]
+
+
+def test_trainings_of_the_same_images_are_recalibrated_each_for_itself(tmp_path: Path) -> None:
+    where = classification.given()
+    settings = EvalSettings(
+        encode_config=where.encode_config,
+        batch_norms=["as_trained"],
+        calibration_images=8,
+        bank_gib=1.0,
+        seed=0,
+    )
+    model = EvaluatedModel(
+        backbone=SmallBackbone(widths=(8, 8, 8, 16, 16)), checkpoint="one", model="s", weights="w"
+    )
+    parts = []
+    # Statistics are of batches of a forward, so those of one are not those of the other.
+    for name, images_per_forward in (("one", 1), ("two", 2)):
+        changes = {"images_per_forward": images_per_forward, "batch_norm": BOTH}
+        one = classification.evaluation(**changes)
+        named = NamedEvaluation(name=name, evaluation=one, splits=where.splits)
+        for batch_norm in BOTH:
+            parts += split_evaluation(named, batch_norm, model, settings)
+    names = []
+    for group in group_parts(parts):
+        names.append([f"{part.named.name} {part.batch_norm}" for part in group])
+    assert names == [
+        ["one as_trained", "two as_trained"],
+        ["one recalibrated"],
+        ["two recalibrated"],
+    ]
