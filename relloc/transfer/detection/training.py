@@ -232,11 +232,18 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
 
     def test_differences(self, held_out: ImageSet, n_tested: int) -> Iterator[str]:
         """Yields what became of held-out images that could not be read, if there are any."""
-        n_unreadable = len(held_out) - n_tested
+        # What the annotations of these are is not known.
+        n_unusable = len(self.unusable(held_out))
+        n_unreadable = len(held_out) - n_tested - n_unusable
         if n_unreadable:
             yield (
                 f"objects of {n_unreadable:,} of {len(held_out):,} test images, which can't be "
                 "read, count as missed"
+            )
+        if n_unusable:
+            yield (
+                f"without {n_unusable:,} of {len(held_out):,} test images, whose annotations "
+                "can't be used"
             )
 
     def unusable(self, images: ImageSet) -> Mapping[int, str]:
