@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -304,8 +304,9 @@ def _send_points(state: _SyncState) -> int:
         # Of two values of one name and step, MLflow shows the one with the later time. Each row is
         # one millisecond later than the row before it, so that the last row wins.
         points: list[Metric] = []
+        ends = _ends_of_curves(state.run_dir)
         for later_ms, row in enumerate(fresh):
-            points += _row_points(row, now_ms() + later_ms)
+            points += _row_points(row, now_ms() + later_ms, ends)
         batch = points, {"results": len(rows), "results_digest": _digest(rows)}
         sent += _send_batches(state, [batch], unsure or were_replaced)
     if state.note.unsure:
@@ -369,8 +370,20 @@ def _journal_batches(state: _SyncState) -> Iterator[PointBatch]:
                 points = []
 
 
-def _row_points(row: Result, time_ms: int) -> list["Metric"]:
+def _ends_of_curves(run_dir: Path) -> dict[str, float]:
+    """Returns the last value of each metric in the journal."""
+    ends: dict[str, float] = {}
+    for entry in read_journal(run_dir):
+        ends.update(entry.metrics)
+    return ends
+
+
+def _row_points(row: Result, time_ms: int, ends: Mapping[str, float]) -> list["Metric"]:
     """Returns the points of one result row: its own at step 0, and its points of curves.
+
+    A row that its own curve ends with has no other point: fine-tuning is tested every so often, and
+    at step 0 the row would be the beginning of that curve, too. `ends` are the last values of
+    curves, by their names.
 
     Rows of a layer are also points of a curve over the layers (steps 1 to 5), and rows with a k of
     a curve over k. Rows of spread (intervals, deviations) are left out of curves, which they would
@@ -378,7 +391,9 @@ def _row_points(row: Result, time_ms: int) -> list["Metric"]:
     """
     from mlflow.entities import Metric
 
-    steps = {row.tracked_name: 0}
+    steps = {}
+    if ends.get(row.tracked_name) != row.value:
+        steps[row.tracked_name] = 0
     if row.layer and not row.spread:
         if row.layer != "avgpool":
             steps[f"{row.tracked_eval}/{row.metric}_by_layer"] = LAYERS.index(row.layer) + 1

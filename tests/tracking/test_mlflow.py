@@ -275,6 +275,20 @@ def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(
     assert stored == Counter(expected)
 
 
+def test_a_curve_of_tests_does_not_begin_with_the_result_that_it_ends_with(
+    uri: str, new_run: NewRun
+) -> None:
+    run_dir = new_run()
+    for step, value in ((10, 20.0), (20, 30.0)):
+        Journal(run_dir).log({"fcn/miou": value}, step)
+    row = dataclasses.replace(LINEAR, eval="fcn", layer="", metric="miou", value=30.0)
+    append_results(run_dir, [row])
+    sync(run_dir, uri)
+    stored = points(run_dir, uri) - JOURNAL_POINTS
+    assert stored == Counter([("fcn/miou", 10, 20.0), ("fcn/miou", 20, 30.0)])
+    assert mlflow_run(run_dir, uri).data.metrics["fcn/miou"] == 30
+
+
 def test_numbers_of_several_k_are_also_a_curve_over_k(uri: str, new_run: NewRun) -> None:
     run_dir = new_run()
     shots = [
