@@ -33,6 +33,9 @@ AS_GIVEN = {
     "studies/asking.py": "the seed of an image's grids is part of its key",
     "studies/patch_sets.py": "the seed of an image's boxes is part of its key",
     "transfer/rescaling.py": "the seed of the gradient is derived by its caller",
+    "studies/shortcuts/questions.py": "the seed of an image's question is derived by its caller",
+    "studies/shortcuts/position.py": "likewise of the colors of its patches",
+    "studies/shortcuts/reading.py": "likewise of what is cut out of it",
     "evals/squared_hinge.py": "an approximation's start, the same whatever the seed",
 }
 

@@ -1,0 +1,274 @@
+"""Draws the study of shortcuts: one panel for each shortcut, and the verdicts in words."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from relloc.files import writing
+from relloc.geometry import CHANCE_PERCENT
+from relloc.studies.shortcuts.estimates import Estimate, explained_percent, root_of_ratio
+from relloc.studies.shortcuts.findings import Findings
+from relloc.studies.shortcuts.questions import (
+    Question,
+    Strengths,
+    horizontal_shift,
+    lens_noise,
+    radial_shift,
+    shifts,
+)
+from relloc.studies.shortcuts.verdicts import Verdict
+
+_WIDTH_OF_PANEL = 4.6  # inches
+_HEIGHT_OF_PANEL = 3.9
+_COLUMNS = 4
+_DPI = 110
+_CHARACTERS_OF_VERDICTS = 92
+Panel = tuple[str, Callable[[Axes], None]]
+
+
+def draw_findings(
+    findings: Findings,
+    verdicts: Sequence[Verdict],
+    strengths: Strengths,
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Saves a PNG with a panel for each shortcut, with 95 % intervals, and a list of verdicts.
+
+    Without answers of a network of the pretext task there are only the panels about features.
+    """
+    panels: list[Panel] = [
+        ("place of a patch in its image", lambda axis: _draw_patches(axis, findings)),
+        ("place of a cell in maps of whole images", lambda axis: _draw_maps(axis, findings)),
+    ]
+    if findings.asked:
+        panels += _panels_of_answers(findings, strengths)
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    # The verdicts take the width of the picture below the panels.
+    height_of_text = 0.3 + 0.33 * len(verdicts)
+    width = _WIDTH_OF_PANEL * max(columns, 3)
+    figure = Figure(figsize=(width, _HEIGHT_OF_PANEL * rows + height_of_text), layout="constrained")
+    figure.suptitle(f"shortcuts: {title}", fontsize=13)
+    heights = [_HEIGHT_OF_PANEL] * rows + [height_of_text]
+    places = figure.add_gridspec(rows + 1, columns, height_ratios=heights)
+    for number, (name, draw) in enumerate(panels):
+        row, column = divmod(number, columns)
+        axis = figure.add_subplot(places[row, column])
+        axis.set_title(name, fontsize=10)
+        draw(axis)
+    _write_verdicts(figure.add_subplot(places[rows, :]), verdicts)
+    with writing(path) as file:
+        figure.savefig(file, dpi=_DPI, format="png")
+
+
+def _panels_of_answers(findings: Findings, strengths: Strengths) -> list[Panel]:
+    by_name = {question.name: question for question in findings.asked}
+
+    def bars(*names: str) -> Callable[[Axes], None]:
+        asked = [by_name[name] for name in names]
+        return lambda axis: _draw_bars(axis, findings, asked)
+
+    gaps = [name for name in by_name if name.startswith("gap_")]
+    return [
+        (
+            "chromatic aberration in noise",
+            lambda axis: _draw_lens(axis, findings, strengths, by_name),
+        ),
+        (
+            "shifted channels in photographs",
+            lambda axis: _draw_shifts(axis, findings, strengths, by_name),
+        ),
+        (
+            "borders",
+            bars("noise", "noise_black_border", "noise_mirrored_border", "photographs", "corner"),
+        ),
+        (
+            "blocks of JPEG",
+            bars("noise_smooth", "noise_jpeg", "noise_jpeg_shifted", "noise_jpeg_without_jitter"),
+        ),
+        (
+            "continuity across borders of patches",
+            bars("noise_smooth", "noise_smooth_gap_0", "photographs", *gaps),
+        ),
+        (
+            "color treatments, with and without a lens",
+            lambda axis: _draw_colors(axis, findings, by_name),
+        ),
+    ]
+
+
+def _draw_patches(axis: Axes, findings: Findings) -> None:
+    """Draws errors relative to the center's by layer, of all images and of the easiest tenth."""
+    sources = findings.sources
+    layers = list(dict.fromkeys(layer for _, layer in findings.patch_errors))
+    for color in findings.colors:
+        places, of_all, of_easiest = [], [], []
+        for place, layer in enumerate(layers):
+            errors = findings.patch_errors[color, layer]
+            places.append(place)
+            of_all.append(root_of_ratio(errors.all_error, errors.all_center, sources))
+            easiest = errors.easiest()
+            easy_sources = errors.easiest_of(sources)
+            easy_errors = errors.other_error[easiest]
+            easy_centers = errors.other_center[easiest]
+            of_easiest.append(root_of_ratio(easy_errors, easy_centers, easy_sources))
+        line = _draw_line(axis, places, of_all, label=color)
+        # Without intervals, which of so few images would hide everything else
+        values = [each.value for each in of_easiest]
+        axis.plot(places, values, color=line, linestyle=":", marker="x", markersize=4)
+    axis.axhline(1, color="black", linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(layers)), layers, fontsize=8)
+    axis.set_ylabel("error relative to always the center\n(dotted: easiest tenth)", fontsize=9)
+    axis.legend(fontsize=7)
+
+
+def _draw_maps(axis: Axes, findings: Findings) -> None:
+    layers: list[str] = []
+    for images, by_layer in findings.map_errors.items():
+        sources = findings.sources_of_maps(images)
+        found = [explained_percent(errors, sources) for errors in by_layer.values()]
+        layers = list(by_layer)
+        _draw_line(axis, list(range(len(found))), found, label=f"maps of {images}")
+    axis.axhline(0, color="black", linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(layers)), layers, fontsize=8)
+    axis.set_ylabel("R² of the place, %", fontsize=9)
+    axis.legend(fontsize=7)
+
+
+def _draw_lens(
+    axis: Axes, findings: Findings, strengths: Strengths, by_name: dict[str, Question]
+) -> None:
+    """Draws the accuracy by the strength of the lens, and of each color treatment at the end."""
+    fractions = [0.0, *strengths.lens]
+    found = [findings.accuracy(by_name[lens_noise(each)]) for each in fractions]
+    percent = [100 * each for each in fractions]
+    _draw_line(axis, percent, found, label="colors as trained")
+    prefix = f"{lens_noise(strengths.lens[-1])}_"
+    treated = [question for name, question in by_name.items() if name.startswith(prefix)]
+    # Side by side, since they are all of the strongest lens
+    step = percent[-1] / 12
+    for number, question in enumerate(treated, start=1):
+        place = percent[-1] + number * step
+        _draw_line(axis, [place], [findings.accuracy(question)], label=f"colors {question.color}")
+    _draw_chance(axis)
+    axis.set_xlabel("green closer to the center by, %", fontsize=9)
+    axis.set_xticks(percent)
+    axis.legend(fontsize=7)
+
+
+def _draw_shifts(
+    axis: Axes, findings: Findings, strengths: Strengths, by_name: dict[str, Question]
+) -> None:
+    series = (("inward", radial_shift), ("to the right", horizontal_shift))
+    places = [0, *shifts(strengths)]
+    places.sort()
+    for label, name in series:
+        found = []
+        for shift in places:
+            question = by_name[name(shift) if shift else "photographs"]
+            found.append(findings.accuracy(question))
+        _draw_line(axis, places, found, label=f"green {label}")
+    _draw_chance(axis)
+    axis.set_xticks(places)
+    axis.set_xlabel("shift, px", fontsize=9)
+    axis.legend(fontsize=7)
+
+
+def _draw_colors(axis: Axes, findings: Findings, by_name: dict[str, Question]) -> None:
+    """Draws photographs under each color treatment, beside the same ones through a lens."""
+    names = [name for name in by_name if name.startswith("photographs_")]
+    colors = ["as trained"]
+    plain = [findings.accuracy(by_name["photographs"])]
+    lens = [findings.accuracy(by_name["lens"])]
+    for name in names:
+        color = by_name[name].color
+        colors.append(color)
+        plain.append(findings.accuracy(by_name[name]))
+        lens.append(findings.accuracy(by_name[f"lens_{color}"]))
+    places = range(len(colors))
+    _draw_line(axis, [place - 0.1 for place in places], plain, label="photographs", joined=False)
+    through = [place + 0.1 for place in places]
+    _draw_line(axis, through, lens, label="through a further lens", joined=False)
+    _draw_chance(axis)
+    axis.set_xticks(list(places), colors, fontsize=8)
+    axis.legend(fontsize=7)
+
+
+def _draw_bars(axis: Axes, findings: Findings, asked: Sequence[Question]) -> None:
+    places = range(len(asked))
+    found = [findings.accuracy(question) for question in asked]
+    colors = ["tab:orange" if each.is_about_photographs else "tab:gray" for each in asked]
+    axis.bar(
+        places,
+        [each.value for each in found],
+        color=colors,
+        yerr=[_shown_half_width(each) for each in found],
+        capsize=3,
+    )
+    for place, estimate in zip(places, found, strict=True):
+        # Above the bar and its interval
+        height = estimate.value + _shown_half_width(estimate)
+        axis.annotate(
+            f"{estimate.value:.1f}",
+            (place, height),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    _draw_chance(axis)
+    axis.margins(y=0.12)
+    labels = [textwrap.fill(question.title, 12) for question in asked]
+    axis.set_xticks(list(places), labels, fontsize=7)
+
+
+def _draw_line(
+    axis: Axes,
+    places: Sequence[float],
+    found: Sequence[Estimate],
+    *,
+    label: str,
+    joined: bool = True,
+) -> Any:
+    """Draws points with their intervals, and returns their color."""
+    line, *_ = axis.errorbar(
+        places,
+        [each.value for each in found],
+        yerr=[_shown_half_width(each) for each in found],
+        marker="o",
+        markersize=4,
+        linestyle="-" if joined else "none",
+        capsize=3,
+        label=label,
+    )
+    return line.get_color()
+
+
+def _draw_chance(axis: Axes) -> None:
+    axis.axhline(CHANCE_PERCENT, color="black", linestyle="--", linewidth=1)
+    axis.set_ylabel("pretext accuracy, % (chance dashed)", fontsize=9)
+
+
+def _shown_half_width(estimate: Estimate) -> float:
+    # An interval of which nothing is known is not drawn.
+    return estimate.half_width if estimate.half_width < float("inf") else 0.0
+
+
+def _write_verdicts(axis: Axes, verdicts: Sequence[Verdict]) -> None:
+    axis.set_axis_off()
+    lines = []
+    for verdict in verdicts:
+        name = textwrap.shorten(verdict.title, _CHARACTERS_OF_VERDICTS, placeholder="…")
+        lines.append((name, verdict.verdict_text, verdict.number_text))
+    step = 1 / max(1, len(lines))
+    for number, (name, words, text) in enumerate(lines):
+        height = 1 - (number + 0.5) * step
+        axis.text(0.0, height, name, fontsize=9, va="center")
+        axis.text(0.33, height, words, fontsize=9, va="center", fontweight="bold")
+        axis.text(0.55, height, text, fontsize=9, va="center")
