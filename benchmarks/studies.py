@@ -1,6 +1,6 @@
 """Patches a second and memory of studies of patches, beside plain loops in the same run.
 
-Four parts, each timed as a whole, with a loop that does the same one after the other:
+Five parts, each timed as a whole, with a loop that does the same one after the other:
 
 * encoding, from JPEG files to unit vectors in float16 (`relloc.studies.patch_sets`); the loop reads
   an image, cuts and resizes its patches by Pillow, and encodes those of one image together;
@@ -10,7 +10,9 @@ Four parts, each timed as a whole, with a loop that does the same one after the 
   the loop multiplies one query with all patches in float32, sorts, and takes what counts;
 * the best images of constellations of four of these patches (`relloc.studies.best_images`), of
   which pairs of constellation and image are counted; the loop compares one constellation with one
-  image after the other.
+  image after the other;
+* fitting ridge regressions by sums over samples, for eight penalties (`relloc.studies.shortcuts`);
+  the loop fits scikit-learn's for each penalty, on all samples in memory.
 
 The loops are timed on a part. For a sample of queries the neighbors are compared with float64.
 Images are JPEGs of 375 x 500 px, 512 different ones, read again and again; --root takes others.
@@ -30,6 +32,8 @@ from features import images_below
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from report import arguments, once_s, tell
+from sklearn.linear_model import Ridge as SklearnRidge
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -54,6 +58,7 @@ from relloc.studies.patch_sets import (
     patch_keys,
     unit_vectors,
 )
+from relloc.studies.shortcuts.ridge import PENALTIES, RidgeSums, fit, mean_squared_error
 
 DIFFERENT_FILES = 512
 HEIGHT, WIDTH = 375, 500
@@ -69,6 +74,8 @@ DEFAULTS = {
         "constellations": 16_384,
         "model": "alexnet",
         "batch": 1024,
+        "samples": 400_000,
+        "features": 2048,
     },
     "cpu": {
         "images": 200,
@@ -77,6 +84,8 @@ DEFAULTS = {
         "constellations": 1_000,
         "model": "small",
         "batch": 128,
+        "samples": 20_000,
+        "features": 256,
     },
 }
 Row = dict[str, Any]
@@ -98,9 +107,10 @@ def main() -> None:
     cutting = _cutting(config.device, options)
     searching = _searching(patches, config.device, options)
     mining = _mining(patches, config.device, options)
-    rows = [*encoding, *cutting, *searching, *mining]
+    regressing = _regressing(config.device, options)
+    rows = [*encoding, *cutting, *searching, *mining, *regressing]
     ratios = {}
-    for part in (encoding, cutting, searching, mining):
+    for part in (encoding, cutting, searching, mining, regressing):
         ours, loop = part
         ratios[f"{ours['part']}, ours over the loop"] = ours["a second"] / loop["a second"]
     title = (
@@ -125,6 +135,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--plain-queries", type=int, default=20, help="that the loop searches")
     parser.add_argument("--plain-constellations", type=int, default=4, help="that the loop mines")
     parser.add_argument("--cut", type=int, default=2048, help="squares that are only cut")
+    parser.add_argument("--samples", type=int, help="of a regression; default: 400,000, or 20,000")
+    parser.add_argument("--features", type=int, help="of a sample; default: 2,048, or 256")
     parser.add_argument("--root", type=Path, help="a folder of images, in place of made ones")
     parser.add_argument(
         "overrides", nargs="*", help="settings of relloc.study, such as workers=8 precision=fp32"
@@ -373,6 +385,54 @@ def _taken(order: Sequence[int], groups: Tensor, own: int, k: int) -> list[int]:
         if len(taken) == k:
             break
     return taken
+
+
+def _regressing(device: torch.device, options: argparse.Namespace) -> list[Row]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (options.samples, options.features)
+    x = torch.randn(shape, generator=generator, device=device)
+    noise = torch.randn(options.samples, 2, generator=generator, device=device)
+    y = x[:, :2] + noise
+    # One sample in ten is held back, to choose the penalty.
+    n_held_back = options.samples // 10
+    errors: dict[str, list[float]] = {}
+
+    def ours() -> None:
+        sums = [RidgeSums(options.features, 2, device) for _ in range(2)]
+        for part, rows, targets in (
+            (0, x[n_held_back:], y[n_held_back:]),
+            (1, x[:n_held_back], y[:n_held_back]),
+        ):
+            # In batches, as features come
+            for some, of_some in zip(
+                rows.split(options.batch), targets.split(options.batch), strict=True
+            ):
+                sums[part].add(some, of_some)
+        fitted, held_back = sums
+        errors["ours"] = []
+        for penalty in PENALTIES:
+            errors["ours"].append(mean_squared_error(fit(fitted, penalty), held_back))
+
+    def loop() -> None:
+        rows = x.cpu().double().numpy()
+        targets = y.cpu().double().numpy()
+        scaler = StandardScaler().fit(rows[n_held_back:])
+        scaled = scaler.transform(rows)
+        errors["loop"] = []
+        for penalty in PENALTIES:
+            alpha = penalty * (options.samples - n_held_back)
+            ridge = SklearnRidge(alpha=alpha).fit(scaled[n_held_back:], targets[n_held_back:])
+            difference = ridge.predict(scaled[:n_held_back]) - targets[:n_held_back]
+            errors["loop"].append(float((difference**2).sum(axis=1).mean()))
+
+    ours()
+    rows = [
+        _timed("ours", "regressing", options.samples, ours, device),
+        _timed("loop", "regressing", options.samples, loop, device),
+    ]
+    difference = np.abs(np.array(errors["ours"]) - np.array(errors["loop"])).max()
+    rows[0]["agreement"] = f"errors within {difference:.1e}"
+    return rows
 
 
 def _timed(

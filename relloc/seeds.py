@@ -55,15 +55,15 @@ class Use(enum.Enum):
     REGION_DROPOUT = "dropout of a region of a detector: seed of the image in its step, the region"
     DETECTOR_WEIGHTS = "initial weights of the layers that a detector adds: seed"
     LOW_SHOT_IMAGES = "images of a low-shot draw: seed, class, k, number of the draw"
-    STUDY_PATCHES = (
+    SHORTCUT_PATCHES = (
         "single patches and crops of an image in the study of shortcuts: seed, split, image"
     )
-    STUDY_COLORS = "colors of such patches: seed, split, image"
-    STUDY_QUESTIONS = "jitter and colors of a photograph in the study of shortcuts: seed, image"
-    STUDY_NOISE = "noise images of the study of shortcuts: seed, block of images"
-    STUDY_NOISE_VIEWS = "noise as large as a view in that study: seed, split, block of images"
-    STUDY_NOISE_QUESTIONS = "jitter and colors of such an image: seed, image"
-    STUDY_NETWORK = "weights, order and colors of the network that finds positions: seed, epoch"
+    SHORTCUT_COLORS = "colors of such patches: seed, split, image"
+    SHORTCUT_QUESTIONS = "jitter and colors of a photograph in the study of shortcuts: seed, image"
+    SHORTCUT_NOISE = "noise images of the study of shortcuts: seed, block of images"
+    SHORTCUT_NOISE_VIEWS = "noise as large as a view in that study: seed, split, block of images"
+    SHORTCUT_NOISE_QUESTIONS = "jitter and colors of such an image: seed, image"
+    SHORTCUT_NETWORK = "weights, order and colors of the network that finds positions: seed, epoch"
     LIDAR_PATCHES = "places of the patches of an image that LiDAR compares: seed, image"
     DENSE_GROUPS = "which images DSE puts into a group: seed"
     DENSE_GROUP_CLUSTERS = "first centroids of the clusters of a group of images: seed, group"

@@ -363,7 +363,10 @@ def test_batches_and_workers_change_nothing_and_files_hold_all(
     first, second = scores
     assert first.keys() == second.keys()
     for key, score in first.items():
-        assert score.value == pytest.approx(second[key].value, rel=1e-4, abs=1e-4), key
+        # Batches change the rounding of features alone. Answers are counted.
+        exact = key[0].startswith("top1")
+        tolerance = 1e-9 if exact else 1e-3
+        assert score.value == pytest.approx(second[key].value, rel=tolerance, abs=tolerance), key
 
     with (tmp_path / "shortcuts.csv").open() as file:
         rows = {(row["metric"], row["layer"]): float(row["value"]) for row in csv.DictReader(file)}

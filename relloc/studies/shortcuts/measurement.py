@@ -162,7 +162,7 @@ class Measurement:
                 continue
             seeds = []
             for image in read:
-                seeds.append(seed_for(Use.STUDY_QUESTIONS, context.seed, image.index))
+                seeds.append(seed_for(Use.SHORTCUT_QUESTIONS, context.seed, image.index))
             squares: dict[Kind, Tensor] = {
                 "photograph": _stacked([image.crop for image in read], device),
                 "corner": _stacked([image.corner for image in read], device),
@@ -193,7 +193,7 @@ class Measurement:
             )
             seeds = []
             for number in range(block * NOISE_BLOCK, block * NOISE_BLOCK + n):
-                seeds.append(seed_for(Use.STUDY_NOISE_QUESTIONS, context.seed, number))
+                seeds.append(seed_for(Use.SHORTCUT_NOISE_QUESTIONS, context.seed, number))
             self._ask(pretext, asked, images, seeds, answers, context)
 
     def _ask(
@@ -272,7 +272,7 @@ def _noise_views(
 ) -> UInt8[Tensor, "n 3 s s"]:
     """Returns white noise as large as a view; `split`: 0 to learn from, 1 to test on."""
     device = context.encode_config.device
-    seed = seed_for(Use.STUDY_NOISE_VIEWS, context.seed, split, block)
+    seed = seed_for(Use.SHORTCUT_NOISE_VIEWS, context.seed, split, block)
     generator = torch.Generator(device).manual_seed(seed)
     return distortions.white_noise(NOISE_BLOCK, side_px, generator)[:n]
 

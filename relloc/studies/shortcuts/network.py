@@ -117,14 +117,14 @@ class NetworkPositions:
     ) -> PatchNetwork:
         # The caller's random numbers stay as they are.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(Use.STUDY_NETWORK, self._seed))
+            torch.manual_seed(seed_for(Use.SHORTCUT_NETWORK, self._seed))
             network = PatchNetwork()
         network.to(self._device).train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_WEIGHT_DECAY)
         steps = self._epochs * math.ceil(len(patches) / _BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for epoch in range(self._epochs):
-            seed = seed_for(Use.STUDY_NETWORK, self._seed, epoch)
+            seed = seed_for(Use.SHORTCUT_NETWORK, self._seed, epoch)
             order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))
             color_generator = torch.Generator(self._device).manual_seed(seed)
             for indices in order.split(_BATCH):

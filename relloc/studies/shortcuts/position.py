@@ -93,7 +93,7 @@ def treated_patches(
 
 def color_seeds(images: Sequence[StudiedImage], *, seed: int, split: int) -> list[int]:
     """Returns the seeds of the random colors of images; `split`: 0 for training, 1 for held out."""
-    return [seed_for(Use.STUDY_COLORS, seed, split, image.index) for image in images]
+    return [seed_for(Use.SHORTCUT_COLORS, seed, split, image.index) for image in images]
 
 
 @torch.no_grad()

@@ -400,7 +400,7 @@ def noise_images(
     block: int, n: int, side_px: int, smooth_px: float, *, seed: int, device: torch.device
 ) -> dict[Kind, Tensor]:
     """Returns noise of each kind, the first `n` images of a block of `NOISE_BLOCK`."""
-    generator = torch.Generator(device).manual_seed(seed_for(Use.STUDY_NOISE, seed, block))
+    generator = torch.Generator(device).manual_seed(seed_for(Use.SHORTCUT_NOISE, seed, block))
     # Whole blocks are drawn, so that an image does not depend on how many there are.
     white = distortions.white_noise(NOISE_BLOCK, side_px, generator)
     smooth = distortions.smooth_noise(NOISE_BLOCK, side_px, smooth_px, generator)

@@ -152,7 +152,7 @@ def read_images(
     for start in range(0, len(indices), batch):
         keys = []
         for index in indices[start : start + batch]:
-            keys.append((index, seed_for(Use.STUDY_PATCHES, seed, split, index)))
+            keys.append((index, seed_for(Use.SHORTCUT_PATCHES, seed, split, index)))
         batches.append(keys)
     unreadable = config.unreadable_of(len(images))
     loaded = read_samples(
