@@ -31,6 +31,7 @@ AS_GIVEN = {
     "transfer/segmentation/transforms.py": "likewise",
     "transfer/voc07_finetune.py": "likewise",
     "studies/asking.py": "the seed of an image's grids is part of its key",
+    "studies/constellations.py": "the seed of an image's constellations is part of its key",
     "studies/patch_sets.py": "the seed of an image's boxes is part of its key",
     "transfer/rescaling.py": "the seed of the gradient is derived by its caller",
     "studies/shortcuts/questions.py": "the seed of an image's question is derived by its caller",
