@@ -138,8 +138,13 @@ class Discovery(Evaluation):
         check_view(f"{_SETTING}.view", self.view)
         checks.one_of(f"{_SETTING}.layer", self.layer, PATCH_LAYERS)
         checks.one_of(f"{_SETTING}.split", self.split, ROLES)
-        if self.classes is not None and not self.classes:
-            raise UsageError(f"{_SETTING}.classes is []: give names of classes, or null for all")
+        # A string would be taken for a list of its letters.
+        is_list = isinstance(self.classes, list | tuple)
+        if self.classes is not None and not (is_list and self.classes):
+            raise UsageError(
+                f"{_SETTING}.classes is {self.classes}: give a list of names of classes, such as "
+                "[bus,train], or null for all"
+            )
         if self.n_images is not None:
             checks.whole(f"{_SETTING}.n_images", self.n_images, at_least=2)
         checks.one_of(f"{_SETTING}.seed_places", self.seed_places, ("gradient", "uniform"))
@@ -384,7 +389,7 @@ class Discovery(Evaluation):
             layer="" if self.layer == EMBEDDING else self.layer,
             metric="verified_images",
             value=100 * n_verified / max(1, n_searched),
-            n=len(clusters),
+            n=n_images,
             headline=curve is None,
             higher_is_better=None,
             protocol="3.12",
@@ -401,19 +406,17 @@ class Discovery(Evaluation):
                 column="coverage",
                 metric="coverage",
                 value=100 * len(covered) / n_images,
-                n=n_images,
                 headline=False,
                 details=(*first.details, f"share of images in at least one of {len(sets)} sets"),
             ),
         ]
         if curve is not None:
-            yield from self._areas(first, n_images, len(sets), curve, shuffled)
+            yield from self._areas(first, len(sets), curve, shuffled)
         yield from others
 
     def _areas(
         self,
         first: Score,
-        n_images: int,
         n_sets: int,
         curve: PurityCoverage,
         shuffled: Sequence[PurityCoverage],
@@ -432,7 +435,6 @@ class Discovery(Evaluation):
                 column=column,
                 metric=f"purity_coverage_area{suffix}",
                 value=100 * curve.area(limit),
-                n=n_images,
                 headline=limit == 1.0,
                 higher_is_better=True,
                 details=details,

@@ -288,6 +288,7 @@ def test_features_that_are_not_finite_are_refused(paths, tmp_path):
     [
         ("split", "val"),
         ("classes", []),
+        ("classes", "bus"),
         ("n_images", 1),
         ("n_seeds", 0),
         ("seed_places", "random"),
