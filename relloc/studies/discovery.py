@@ -457,6 +457,11 @@ class Discovery(Evaluation):
             f"{n_seeds:,} constellations of 2 x 2 patches of {sides} px of the stored image, seen "
             f"at {self.patch_px} px"
         )
+        if n_seeds < self.n_seeds:
+            yield (
+                f"{self.n_seeds:,} were asked for, but small and flat images have no room, or none "
+                "without overlap"
+            )
         places = "in proportion to gradient energy"
         if self.seed_places == "uniform":
             places = "uniformly"
