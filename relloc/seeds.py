@@ -74,6 +74,11 @@ class Use(enum.Enum):
     DISCOVERY_IMAGES = "which images get one more constellation than others: seed"
     DISCOVERY_SEEDS = "constellations of patches that are searched for, in an image: seed, image"
     DISCOVERY_LABELS = "labels of images shuffled, for purity by chance: seed, number of shuffle"
+    PERSON_IMAGES = "order of the images that a person is asked about: seed, round"
+    PERSON_PLACE = "place of a question to a person: seed, number of the question"
+    PERSON_LABEL = "right answer of a question to a person: seed, number of the question"
+    PERSON_PATCHES = "jitter and colors of such a question: seed, number of the question"
+    PERSON_NETWORK = "colors of such a question to a network: seed, number of the question"
     STUDY_PATCHES = "boxes of the patches that a study cuts from an image: seed, image"
     STUDY_QUERIES = "patches whose nearest neighbors are looked for: seed"
 

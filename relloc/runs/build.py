@@ -418,10 +418,12 @@ def pretraining(config: DictConfig) -> Pretraining:
         InstantiationException: a `_target_` can't be called with its settings.
     """
     given = plain(config)
-    # A preset of relloc.evaluate composes here too, but means something else.
+    # A preset of relloc.evaluate composes here too, but means something else; so does a study that
+    # names a checkpoint, as that of people, for whom no training should wait.
     if "checkpoint" in given:
         raise UsageError(
-            "this experiment evaluates checkpoints: run it with python -m relloc.evaluate"
+            "this experiment or study evaluates checkpoints: run it with python -m relloc.evaluate "
+            "experiment=… or python -m relloc.study study=…"
         )
     settings = Pretraining(
         **_shared(config, given),

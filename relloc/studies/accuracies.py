@@ -55,7 +55,9 @@ def share_of(
 ) -> Share | None:
     """Returns the accuracy over the chosen pairs, or None where no pair is chosen.
 
-    The interval is clustered by source (`relloc.pretext.held_out`).
+    The interval is clustered by source (`relloc.pretext.held_out`). Where all answers are right, or
+    none, nothing varies, and it is the exact one for a single answer of each source (Clopper and
+    Pearson, 1934).
 
     Args:
         name: which pairs are chosen.
@@ -70,12 +72,21 @@ def share_of(
         return None
     hits = (right & chosen)[has_pairs].sum(axis=1)
     pairs = chosen[has_pairs].sum(axis=1)
-    ratio, half_width = clustered_ratio(hits, pairs, np.asarray(sources)[has_pairs].tolist())
+    sources_of_pairs = np.asarray(sources)[has_pairs].tolist()
+    ratio, half_width = clustered_ratio(hits, pairs, sources_of_pairs)
+    low = max(0.0, ratio - half_width)
+    high = min(1.0, ratio + half_width)
+    # 2.5 % on each side are left out, as everywhere, although one side is empty here.
+    least_share_of_right = 0.025 ** (1 / len(set(sources_of_pairs)))
+    if ratio == 1:
+        low = least_share_of_right
+    elif ratio == 0:
+        high = 1 - least_share_of_right
     return Share(
         name=name,
         percent=100 * ratio,
-        low=100 * max(0.0, ratio - half_width),
-        high=100 * min(1.0, ratio + half_width),
+        low=100 * low,
+        high=100 * high,
         pairs=int(pairs.sum()),
         images=len(np.unique(images[has_pairs])),
     )

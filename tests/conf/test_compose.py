@@ -182,8 +182,24 @@ def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
     } == names
 
 
-@pytest.mark.parametrize("member", members("study"))
-@pytest.mark.parametrize("command", ["train", "study"])
+def test_no_training_ends_by_waiting_for_a_person(compose):
+    with pytest.raises(UsageError, match=r"relloc\.study"):
+        build.pretraining(compose("train", ["study=human", "eval=[]"]))
+    settings = build.evaluating(compose("study", ["study=human"]))
+    assert settings.checkpoints == ["random"]
+    settings = build.evaluating(compose("study", ["study=human", "checkpoint=run"]))
+    assert settings.checkpoints == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("command", "member"),
+    [
+        (command, member)
+        for command in ("train", "study")
+        for member in members("study")
+        if (command, member) != ("train", "human")
+    ],
+)
 def test_a_study_composes_for_both_commands_and_can_be_made(compose, command, member):
     words = [f"study={member}", *(["checkpoint=random"] if command == "study" else ["eval=[]"])]
     build_settings = build.evaluating if command == "study" else build.pretraining

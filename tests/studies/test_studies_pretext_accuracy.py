@@ -20,6 +20,7 @@ from asked_networks import (
 )
 from made_boxes import Boxed
 from PIL import Image
+from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss
 
@@ -158,7 +159,10 @@ def test_a_network_that_always_answers_the_same(tmp_path: Path) -> None:
 def test_a_network_that_is_always_right(tmp_path: Path) -> None:
     images = image_files(tmp_path, 4)
     found = list(STUDY.run(asked_context(images, pretext(Certain()), tmp_path / "out")))
-    assert (found[0].value, found[0].low, found[0].high) == (100, 100, 100)
+    # Nothing varies: the interval is that of four right answers in four.
+    exact = binomtest(4, 4).proportion_ci(0.95, method="exact")
+    assert (found[0].value, found[0].high) == (100, 100)
+    assert found[0].low == pytest.approx(100 * exact.low)
     assert values(found)["calibration_error"] < 1e-3
 
 
@@ -226,6 +230,10 @@ def test_intervals_are_clustered_by_image_and_leave_out_what_has_no_pair() -> No
     expected = accuracy(hits, names[:5])
     assert (found.percent, found.pairs, found.images) == (60, 40, 3)
     assert (found.low, found.high) == (expected.low, expected.high)
+    none = share_of("wrong", np.zeros_like(right), chosen, images, names)
+    assert none is not None
+    exact = binomtest(0, 3).proportion_ci(0.95, method="exact")
+    assert (none.low, none.high) == (0, pytest.approx(100 * exact.high))
     assert share_of("none", right, np.zeros_like(right), images, names) is None
 
 

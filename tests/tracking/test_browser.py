@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from chromium import chromium
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException, WebDriverException
@@ -224,41 +225,8 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    browser = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    driver = shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip(
-            "Chromium or its driver is not installed "
-            "(Debian: apt-get install chromium chromium-driver)"
-        )
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for word in (
-        "headless=new",
-        "window-size=1800,1000",
-        "disable-gpu",
-        "disable-dev-shm-usage",
-        "no-proxy-server",
-    ):
-        options.add_argument(f"--{word}")
-    for word in (
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "no-first-run",
-    ):
-        options.add_argument(f"--{word}")
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SE_OFFLINE", "true")  # Selenium would download a driver that it misses
-        started = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        yield Page(started)
-    finally:
-        started.quit()
+    with chromium(1800, 1000) as driver:
+        yield Page(driver)
 
 
 def opened(page: Page, link: str) -> None:

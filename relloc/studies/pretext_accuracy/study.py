@@ -141,7 +141,7 @@ class Pretext(Evaluation):
             headline,
             details=(
                 *headline.details,
-                f"{self.view}, eight pairs a grid",
+                "eight pairs a grid",
                 f"jitter and colors ({colors}) as in training, drawn image by image",
                 f"95 % t interval, clustered by source image; chance is {CHANCE_PERCENT} %",
             ),
