@@ -358,6 +358,7 @@ class Discovery(Evaluation):
             shown_classes,
             images,
             folder,
+            n_selected=len(selected),
             n_images=self.set_size,
             title=title,
             config=context.encode_config,

@@ -180,13 +180,15 @@ def save_cluster_sheets(
     images: ImageSet,
     folder: Path,
     *,
+    n_selected: int,
     n_images: int,
     title: str,
     config: EncodeConfig,
 ) -> list[Path]:
     """Draws a row for each cluster: the image that it was drawn in, and its first `n_images`.
 
-    The four patches, and what they match, are framed in four colors. Returns the files.
+    The four patches, and what they match, are framed in four colors. Clusters after the first
+    `n_selected` have no set, or a redundant one, and no number. Returns the files.
     """
     keys: list[SeededIndex] = []
     boxes: list[PatchBoxes] = []
@@ -203,7 +205,8 @@ def save_cluster_sheets(
     for place, cluster in enumerate(clusters):
         verified = f"{len(cluster.images)} of {cluster.n_searched} verified"
         name = path_as_text(images.source(cluster.seed_image))
-        caption = (f"cluster {place + 1}: {verified}", classes[place], Path(name).name)
+        number = f"cluster {place + 1}" if place < n_selected else "not selected"
+        caption = (f"{number}: {verified}", classes[place], Path(name).name)
         row = [
             Tile(
                 pixels=drawn[first],
