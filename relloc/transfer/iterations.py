@@ -194,8 +194,16 @@ class IterativeFineTuning(Evaluation):
     def calibration_batches(
         self, images: ImageSet, *, n_images: int, seed: int, config: EncodeConfig
     ) -> Iterator[Tensor]:
-        """Yields training samples as a forward of the training takes them, unlabeled."""
-        _, size = self.forward_images()
+        """Yields training samples as a forward of the training takes them, unlabeled.
+
+        There are as many at once as in the largest forward of a single process, so that statistics
+        are the same in any number of processes.
+        """
+        n_groups = self.batch // self.images_per_gpu
+        n_forwards = 1
+        if self.images_per_forward is not None:
+            n_forwards = math.ceil(self.batch / self.images_per_forward)
+        size = math.ceil(n_groups / n_forwards) * self.images_per_gpu
         sampled = self.training_images(images)
         batches = calibration_keys(
             self.training_indices(sampled), n_images=n_images, size=size, seed=seed
@@ -512,6 +520,12 @@ def own_part(images: ImageSet) -> Sequence[int]:
     """Returns the indices of the images that this process tests."""
     (indices,) = split_for_rank(range(len(images)))
     return indices
+
+
+def left_out_of_test(images: ImageSet, n_tested: int) -> Iterator[str]:
+    """Yields how many of the held-out images were tested, if some can't be read."""
+    if n_tested < len(images):
+        yield f"tested on {n_tested:,} of {len(images):,} images, as the others can't be read"
 
 
 def _by_metric(scores: Sequence[Score]) -> dict[str, float]:

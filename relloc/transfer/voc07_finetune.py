@@ -31,7 +31,11 @@ from relloc.results import Score
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
 from relloc.transfer.dropout import dropout_seeds
-from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
+from relloc.transfer.iterations import (
+    ForwardSamples,
+    IterativeFineTuning,
+    left_out_of_test,
+)
 from relloc.transfer.metrics.class_answers import (
     draw_ap_by_class,
     draw_examples,
@@ -43,7 +47,8 @@ from relloc.transfer.rescaled_alexnet import (
     rescale_for_fine_tuning,
     rescales,
 )
-from relloc.transfer.schedule import Milestones
+from relloc.transfer.same_settings import same_settings
+from relloc.transfer.schedule import Milestones, in_proportion
 
 TRAINED = ("fc6-8", "all layers")
 _TABLE = "Classification, VOC07 fine-tuned, mAP"
@@ -51,6 +56,9 @@ _TABLE = "Classification, VOC07 fine-tuned, mAP"
 _NEW_BIAS = 0.1
 # train_cls.py has `setLR(t, 1, 2)`: biases learn at twice the rate of weights.
 _BIAS_RATE = 2
+# In iterations of the published training; others have them in proportion.
+_PUBLISHED_ITERATIONS = 80_000
+_PUBLISHED_MILESTONES = (10_000, 20_000, 30_000, 40_000, 50_000, 60_000, 70_000)
 # Convolutions ask for some height and width, also of no images.
 _SIDE_OF_NO_IMAGES = 227
 
@@ -134,7 +142,7 @@ class Voc07Finetune(IterativeFineTuning):
     version = 2  # 1: dropout was drawn by forward
     setting: ClassVar = "eval.voc07_finetune"
     published: ClassVar = {
-        "iterations": 80_000,
+        "iterations": _PUBLISHED_ITERATIONS,
         "batch": 16,
         "learning_rate": 0.001,
         "momentum": 0.9,
@@ -145,6 +153,7 @@ class Voc07Finetune(IterativeFineTuning):
     }
 
     published_view: ClassVar = RandomSquare(crop_px=227)
+    published_images: ClassVar = "5,011 images of voc2007 trainval"
 
     # Losses and batch norm know no groups of images: each image is one.
     images_per_gpu: int = dataclasses.field(default=1, init=False)
@@ -278,7 +287,10 @@ class Voc07Finetune(IterativeFineTuning):
                 value=100 * value,
                 n=n_images,
                 protocol="3.15",
-                deviations=tuple(self._own_deviations(context, classes)),
+                deviations=(
+                    *self._own_deviations(context, classes),
+                    *left_out_of_test(context.splits.held_out, n_images),
+                ),
                 details=tuple(self._own_details(context, rescaled)),
             )
             scores.append(score)
@@ -361,13 +373,23 @@ class Voc07Finetune(IterativeFineTuning):
             title=f"{title}: strongest answers, with the probability of the class",
         )
 
+    def deviations(self, length: int) -> Iterator[str]:
+        yield from super().deviations(length)
+        milestones = in_proportion(_PUBLISHED_MILESTONES, _PUBLISHED_ITERATIONS, length)
+        if list(self.milestones) != milestones:
+            yield f"milestones {list(self.milestones)} instead of {milestones}"
+
     def _own_deviations(self, context: Context, classes: Bool[Tensor, "all"]) -> Iterator[str]:
         """Yields what differs from the published protocol beside the constants of the training."""
         if isinstance(context.backbone, AlexNetBackbone):
             yield "head of the paper's detector, as that of the published rows is not known"
         else:
             yield "a linear layer on the average pool in place of fc6 to fc8"
-        if str(self.view) != str(self.published_view):
+        train = context.splits.train
+        images = f"{len(train):,} images of {train.name} {train.split}"
+        if images != self.published_images:
+            yield f"trained on {images} instead of {self.published_images}"
+        if not same_settings(self.view, self.published_view):
             yield f"{self.view} instead of {self.published_view}"
         missing = []
         for name, is_usable in zip(context.splits.train.classes, classes.tolist(), strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from relloc import ranks
 from relloc.errors import UsageError
 from relloc.evaluation.contract import (
     Context,
@@ -191,3 +192,22 @@ def test_trainings_of_the_same_images_are_recalibrated_each_for_itself(tmp_path:
         ["one recalibrated"],
         ["two recalibrated"],
     ]
+
+
+def test_calibration_is_the_same_in_any_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where = classification.given()
+
+    def shapes(**changes: Any) -> list[torch.Size]:
+        one = classification.evaluation(batch=8, **changes)
+        batches = one.calibration_batches(
+            where.splits.train, n_images=8, seed=0, config=where.encode_config
+        )
+        return [batch.shape[:1] for batch in batches]
+
+    settings = ({}, {"images_per_forward": 2}, {"images_per_forward": 5})
+    expected = [[(8,)], [(2,)] * 4, [(4,)] * 2]
+    assert [shapes(**changes) for changes in settings] == expected
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    assert [shapes(**changes) for changes in settings] == expected

@@ -369,6 +369,52 @@ def test_a_class_without_images_is_left_out_and_named() -> None:
         evaluation().check(none)
 
 
+PUBLISHED: dict[str, Any] = {
+    "iterations": 80_000,
+    "batch": 16,
+    "learning_rate": 0.001,
+    "view": RandomSquare(crop_px=227),
+    "crops": 10,
+    "milestones": list(range(10_000, 80_000, 10_000)),
+}
+
+
+def deviations_of(one: Voc07Finetune, train: Colored) -> list[str]:
+    splits = Splits(train=train, held_out=Colored(rows=ROWS[:9], split="test"))
+    every_class = torch.ones(2, dtype=torch.bool)
+    _network, *own = one._own_deviations(given(splits=splits), every_class)
+    return [*own, *one.deviations(one.iterations)]
+
+
+PUBLISHED_IMAGES = Colored(rows=[(1, -1)] * 5011, name="voc2007")
+
+
+def test_the_published_training_has_no_deviations_but_those_of_the_network() -> None:
+    assert deviations_of(evaluation(**PUBLISHED), PUBLISHED_IMAGES) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"milestones": [40_000]}, "[40000]"),
+        ({"gamma": 0.1}, "gamma 0.1"),
+        ({"clip_norm": 1.0}, "clip norm 1"),
+        ({"view": RandomSquare(crop_px=227, scale=(0.5, 2.001))}, "random squares"),
+    ],
+)
+def test_each_other_setting_is_named(changes: dict[str, Any], name: str) -> None:
+    one = evaluation(**{**PUBLISHED, **changes})
+    (deviation,) = deviations_of(one, PUBLISHED_IMAGES)
+    assert name in deviation
+
+
+def test_other_images_are_named() -> None:
+    few = dataclasses.replace(PUBLISHED_IMAGES, rows=[(1, -1)] * 36)
+    for train in (few, dataclasses.replace(PUBLISHED_IMAGES, name="voc2012")):
+        (deviation,) = deviations_of(evaluation(**PUBLISHED), train)
+        assert f"{len(train):,} images of {train.name} trainval instead of 5,011" in deviation
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

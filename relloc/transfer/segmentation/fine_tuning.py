@@ -17,7 +17,11 @@ from relloc.data.subsets import evenly_spaced
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.contract import Context
 from relloc.results import Score
-from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning
+from relloc.transfer.iterations import (
+    ForwardSamples,
+    IterativeFineTuning,
+    left_out_of_test,
+)
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.class_confusion import save_class_confusion
 from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationScores
@@ -181,7 +185,10 @@ class FcnFineTuning(IterativeFineTuning):
     def _scores(self, scores: SegmentationScores, n: int, splits: Splits) -> list[Score]:
         """Returns mIoU, the IoU of each class that is somewhere, and the share of right pixels."""
         # They are part of each score, as scores are read one by one.
-        deviations = tuple(self._differences(splits.train))
+        deviations = (
+            *self._differences(splits.train),
+            *left_out_of_test(splits.held_out, n),
+        )
         details = (f"trained on {self.augment}",)
         miou = Score(
             table=self.table,

@@ -173,6 +173,7 @@ def test_images_that_can_not_be_read_are_left_out_and_counted(tmp_path: Path) ->
     given_context = given(train, held_out, folder=tmp_path, encode_config=config)
     (score, *_) = evaluation().run(given_context)
     assert score.n == 2
+    assert any("tested on 2 of 3 images" in text for text in score.deviations)
     strict = dataclasses.replace(config, unreadable_share=0.0)
     with pytest.raises(DataError, match="square 1: it is broken"):
         list(evaluation().run(given(None, held_out, folder=tmp_path, encode_config=strict)))
