@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import nn
 
-from relloc import checks, ranks
+from relloc import checks
 from relloc.data.image_set import ImageSet
 from relloc.evaluation.contract import Context
 from relloc.results import Score
@@ -22,7 +22,7 @@ from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.detections import Detections
-from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
+from relloc.transfer.metrics.box_confusion import BoxesOfImage
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.coco_ap import CocoImage, Kind, coco_image, coco_scores
 from relloc.transfer.schedule import Milestones
@@ -146,24 +146,27 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         measured = coco_image(found, image.objects, image.size)
         return ImageOfId(image.image_id, measured)
 
+    def boxes_of(self, value: ImageOfId) -> BoxesOfImage:
+        image = value.image
+        return BoxesOfImage(
+            found_boxes=_corners(image.found_boxes),
+            found_scores=image.found_scores,
+            found_classes=image.found_classes,
+            true_boxes=_corners(image.true_boxes),
+            true_classes=image.true_classes,
+            # COCO marks no object as difficult.
+            difficult=np.zeros(len(image.true_classes), dtype=bool),
+            crowd=image.crowd,
+        )
+
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         n_trained = len(self.training_indices(context.splits.train))
         images = context.splits.held_out
 
-        # COCO's statistics are of all images, so rank 0 computes them for all.
         def compute(values: Sequence[ImageOfId]) -> CocoPrecisions:
-            if final:
-                save_box_confusion(
-                    map(_boxes, values),
-                    images.classes,
-                    context.folder,
-                    name=f"{images.name} {images.split}",
-                )
             return _precisions(values, len(images.classes))
 
-        precisions, n_tested = self.measure(network, context, compute)
-        if final and ranks.rank() == 0:
-            self.draw(network, context)
+        precisions, n_tested = self.measure(network, context, compute, final=final)
         scores = []
         for metric, (column, precision) in precisions.of_all.items():
             score = Score(
@@ -193,20 +196,6 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
         if shares != _PUBLISHED_MILESTONES:
             epochs = ", ".join(map(str, self.milestone_epochs))
             yield f"milestones at epochs {epochs} of {self.epochs} instead of 8, 11 of 12"
-
-
-def _boxes(value: ImageOfId) -> BoxesOfImage:
-    """Returns the boxes of an image. COCO marks no object as difficult."""
-    image = value.image
-    return BoxesOfImage(
-        found_boxes=_corners(image.found_boxes),
-        found_scores=image.found_scores,
-        found_classes=image.found_classes,
-        true_boxes=_corners(image.true_boxes),
-        true_classes=image.true_classes,
-        difficult=np.zeros(len(image.true_classes), dtype=bool),
-        crowd=image.crowd,
-    )
 
 
 def _corners(xywh: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:

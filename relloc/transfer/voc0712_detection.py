@@ -24,7 +24,7 @@ from relloc.transfer.detection.rpn import RpnTraining
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.detections import Detections
-from relloc.transfer.metrics.box_confusion import boxes_of_voc, save_box_confusion
+from relloc.transfer.metrics.box_confusion import BoxesOfImage, boxes_of_voc
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
@@ -172,28 +172,20 @@ class Voc0712Detection(DetectionFineTuning[VocImage]):
     def of_image(self, found: Detections, image: AnnotatedImage) -> VocImage:
         return voc_image(found, image.objects)
 
+    def boxes_of(self, value: VocImage) -> BoxesOfImage:
+        return boxes_of_voc(value)
+
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         if self._is_detectron2:
             self._estimate_batch_norm(network, context)
         images = context.splits.held_out
 
-        # Average precision sorts the detections of all images, so rank 0 computes it for all.
         def compute(
             values: Sequence[VocImage],
         ) -> tuple[dict[str, tuple[str, float]], list[float]]:
-            if final:
-                save_box_confusion(
-                    map(boxes_of_voc, values),
-                    images.classes,
-                    context.folder,
-                    name=f"{images.name} {images.split}",
-                )
             return self._precisions(values, len(images.classes))
 
-        (precisions, ap50_by_class), n_tested = self.measure(network, context, compute)
-        # One process draws, as all would write the same files.
-        if final and ranks.rank() == 0:
-            self.draw(network, context)
+        (precisions, ap50_by_class), n_tested = self.measure(network, context, compute, final=final)
         scores = []
         # Results are in percent, and average precisions in shares.
         for metric, (column, precision) in precisions.items():

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from relloc import checks, ranks
+from relloc import checks
 from relloc.data.annotations import ObjectImages, ProposedImages
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.samples import MakeSample
@@ -45,7 +45,7 @@ from relloc.transfer.detection.training import (
 )
 from relloc.transfer.detections import Detections
 from relloc.transfer.iterations import ForwardSamples
-from relloc.transfer.metrics.box_confusion import boxes_of_voc, save_box_confusion
+from relloc.transfer.metrics.box_confusion import BoxesOfImage, boxes_of_voc
 from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.voc_ap import (
     MMDET,
@@ -61,6 +61,7 @@ from relloc.transfer.rescaled_alexnet import (
     rescales,
 )
 from relloc.transfer.resize import FittedImage
+from relloc.transfer.same_settings import same_settings
 from relloc.transfer.schedule import Milestones, in_proportion
 
 _TABLE = "Detection, VOC07 protocol of AlexNet-like networks, mAP"
@@ -254,24 +255,16 @@ class Voc07FastRcnn(DetectionFineTuning[VocImage]):
     def of_image(self, found: Detections, image: AnnotatedImage) -> VocImage:
         return voc_image(found, image.objects)
 
+    def boxes_of(self, value: VocImage) -> BoxesOfImage:
+        return boxes_of_voc(value)
+
     def test(self, network: nn.Module, context: Context, *, final: bool) -> list[Score]:
         images = context.splits.held_out
 
-        # Average precision sorts the detections of all images, so rank 0 computes it for all.
         def compute(values: Sequence[VocImage]) -> tuple[dict[str, float], list[float]]:
-            if final:
-                save_box_confusion(
-                    map(boxes_of_voc, values),
-                    images.classes,
-                    context.folder,
-                    name=f"{images.name} {images.split}",
-                )
             return _precisions(values, len(images.classes))
 
-        (precisions, by_class), n_tested = self.measure(network, context, compute)
-        # One process draws, as all would write the same files.
-        if final and ranks.rank() == 0:
-            self.draw(network, context)
+        (precisions, by_class), n_tested = self.measure(network, context, compute, final=final)
         rescaled = rescales(self.rescale, context.backbone, self.setting)
         scores = []
         # Results are in percent, and average precisions in shares.
@@ -314,7 +307,8 @@ class Voc07FastRcnn(DetectionFineTuning[VocImage]):
         else:
             yield "regions of the fourth stage, and the fifth in place of fc6 and fc7"
         yield from self.image_differences(context.splits.train)
-        if rescaled and str(self.rescaling_view) != str(self.published_rescaling_view):
+        is_published = same_settings(self.rescaling_view, self.published_rescaling_view)
+        if rescaled and not is_published:
             yield f"rescaled by {self.rescaling_view} instead of {self.published_rescaling_view}"
 
     def _own_details(self, context: Context, rescaled: bool) -> Iterator[str]:

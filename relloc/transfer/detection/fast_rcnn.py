@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
-from torchvision.ops import roi_pool
 
 from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.alexnet import FineTunedAlexNet
+from relloc.transfer.detection.align import pool_regions
 from relloc.transfer.detection.box_head import (
     BoxPredictor,
     DetectionRule,
@@ -179,34 +179,6 @@ class FastRcnn(nn.Module):
         """
         cells = pool_regions(features, boxes, images, side=self.side, stride=self.stride)
         return self.predictor(apply_layers(self.head, cells, seeds))
-
-
-def pool_regions(
-    features: Float[Tensor, "b c h w"],
-    boxes: Float[Tensor, "n 4"],
-    images: Int[Tensor, "n"],
-    *,
-    side: int,
-    stride: int,
-) -> Float[Tensor, "n c side side"]:
-    """Returns the largest values in the cells of each region, whose corners are rounded to the map.
-
-    `stride` is that of the map. The computation is in float32, as in bfloat16 coordinates would be
-    wrong by pixels. The result has the type and the memory layout of the features.
-    """
-    # torchvision takes the number of the image and the corners as one row of floats.
-    rows = torch.cat([images.unsqueeze(1).float(), boxes.float()], dim=1)
-    # torchvision's decorator hides the type of roi_pool from pyright.
-    cells = roi_pool(  # pyright: ignore[reportCallIssue]
-        features.float(),
-        rows,
-        output_size=side,
-        spatial_scale=1 / stride,
-    )
-    layout = torch.contiguous_format
-    if features.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
-    return cells.to(features.dtype, memory_format=layout)
 
 
 def alexnet_fast_rcnn(

@@ -31,6 +31,7 @@ from relloc.transfer.detection.samples import (
 )
 from relloc.transfer.detections import Detections, nothing_found
 from relloc.transfer.iterations import ForwardSamples, IterativeFineTuning, own_part
+from relloc.transfer.metrics.box_confusion import BoxesOfImage, save_box_confusion
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.metrics.pictures import draw_detections
 from relloc.transfer.resize import FittedImage, Size
@@ -158,6 +159,10 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
 
         `found` are detections in pixels of the original image.
         """
+
+    @abc.abstractmethod
+    def boxes_of(self, value: T) -> BoxesOfImage:
+        """Returns the boxes in what `of_image` returned."""
 
     def check_settings(self, setting: str) -> None:
         super().check_settings(setting)
@@ -319,10 +324,13 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
         network: nn.Module,
         context: Context,
         compute: Callable[[Sequence[T]], Measured],
+        *,
+        final: bool,
     ) -> tuple[Measured, int]:
         """Returns what `compute` gives for the held-out images, and how many could be read.
 
-        All processes call it together.
+        All processes call it together. After the last iteration (`final`) it also draws which
+        classes are taken for which, and what is found in some images.
 
         Raises:
             DataError: none can be read.
@@ -336,7 +344,24 @@ class DetectionFineTuning(IterativeFineTuning, Generic[T], abc.ABC):
                 f"none of the {len(images)} images of {images.name} {images.split} can be read, "
                 "so average precision has no value. Repair them."
             )
-        return values.evaluate(compute), n_tested
+        images = context.splits.held_out
+
+        # Average precision sorts the detections of all images, so rank 0 computes it for all.
+        def compute_and_draw(of_images: Sequence[T]) -> Measured:
+            if final:
+                save_box_confusion(
+                    map(self.boxes_of, of_images),
+                    images.classes,
+                    context.folder,
+                    name=f"{images.name} {images.split}",
+                )
+            return compute(of_images)
+
+        measured = values.evaluate(compute_and_draw)
+        # One process draws, as all would write the same files.
+        if final and ranks.rank() == 0:
+            self.draw(network, context)
+        return measured, n_tested
 
     def draw(self, network: nn.Module, context: Context) -> None:
         """Draws what is found in some images that are evenly spaced over the held-out ones."""

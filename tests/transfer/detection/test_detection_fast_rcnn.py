@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.transfer.alexnet import FineTunedAlexNet
+from relloc.transfer.detection.align import pool_regions
 from relloc.transfer.detection.fast_rcnn import (
     FastRcnn,
     alexnet_fast_rcnn,
-    pool_regions,
     staged_fast_rcnn,
 )
 from relloc.transfer.detection.given_proposals import RegionBatch
