@@ -205,6 +205,13 @@ class Evaluation(abc.ABC):
         """
         return calibration_batches(images, self.view, n_images=n_images, seed=seed, config=config)
 
+    def calibration_forward(self, backbone: Backbone) -> Callable[[torch.Tensor], Any]:
+        """Returns a forward of the backbone by which its batch norm is recalibrated.
+
+        It passes all batch norms, on inputs such as the evaluation gives them.
+        """
+        return backbone.embed
+
     def check(self, splits: Splits) -> None:  # noqa: B027 - most evaluations have no further demands
         """Checks before any computation whether the evaluation can work on these images.
 

@@ -275,7 +275,8 @@ def _prepare_backbone(
         seed=settings.seed,
         config=settings.encode_config,
     )
-    n_images = recalibrate(backbone, batches)
+    forward = part.evaluation.calibration_forward(backbone)
+    n_images = recalibrate(backbone, batches, forward)
     detail = f"batch-norm statistics re-estimated on {n_images} training images without labels"
     return backbone, (detail,)
 

@@ -5,7 +5,8 @@ they were trained (`batch_norm=as_trained`). Estimating them again, without labe
 images of the evaluation is the alternative (`batch_norm=recalibrated`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,16 @@ ONE_IMAGE = (
 
 
 @torch.no_grad()
-def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
+def recalibrate(
+    backbone: nn.Module,
+    batches: Iterable[Tensor],
+    forward: Callable[[Tensor], Any] | None = None,
+) -> int:
     """Replaces the running statistics of all batch norms by averages over `batches`.
 
     Each batch (b 3 h w) has the same weight, so all should have the same size. Weights are not
     changed, and the backbone is left in evaluation mode. A backbone without batch norm is left as
-    it is, and no batch is asked for.
+    it is, and no batch is asked for. `forward` passes all batch norms; None for the embedding.
 
     Returns:
         The number of images used.
@@ -46,8 +51,7 @@ def recalibrate(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
         norm.momentum = None
     # Running statistics move in training mode only.
     backbone.train()
-    # To embed is to pass all stages, and batch norm behind them too, as that of fc6.
-    forward = backbone.embed if isinstance(backbone, Backbone) else backbone
+    forward = forward or _whole_forward(backbone)
     n_images = 0
     with refuse_one_value(backbone, ONE_IMAGE):
         for images in batches:
@@ -69,5 +73,12 @@ def check_one_image(backbone: nn.Module, side_px: int) -> None:
         UsageError: a batch norm would see one value per channel.
     """
     black_image = torch.zeros(1, 3, side_px, side_px)
+    forward = _whole_forward(backbone)
     with refuse_one_value(backbone.train(), ONE_IMAGE):
-        backbone(black_image)
+        forward(black_image)
+
+
+def _whole_forward(backbone: nn.Module) -> Callable[[Tensor], Any]:
+    """Returns a forward that passes all batch norms of a backbone."""
+    # To embed is to pass all stages, and batch norm behind them too, as that of fc6.
+    return backbone.embed if isinstance(backbone, Backbone) else backbone

@@ -5,14 +5,18 @@ a convolution that reduces its channels, a pooling, and two linear layers are ad
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import unfold
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from relloc.errors import UsageError
 from relloc.models.alexnet import AlexNetBackbone
+from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
 from relloc.transfer.dropout import SampleDropout, apply_layers
 
@@ -76,13 +80,7 @@ class FineTunedAlexNet(nn.Module):
     ) -> Float[Tensor, "b outputs"]:
         """Returns the outputs. `seeds` are those of dropout, which training needs."""
         pool5 = self.trunk(images)
-        height, width = pool5.shape[2:]
-        if min(height, width) < _CONV6_SIDE:
-            raise UsageError(
-                f"pool5 of images of {images.shape[3]} x {images.shape[2]} px has {width} x "
-                f"{height} positions, but conv6 needs {_CONV6_SIDE} x {_CONV6_SIDE}: give a larger "
-                "crop_px, such as 227"
-            )
+        _check_positions(images, pool5)
         return apply_layers(self.head, pool5, seeds)
 
     @torch.no_grad()
@@ -93,6 +91,37 @@ class FineTunedAlexNet(nn.Module):
         layer.weight.copy_(weights)
         if layer.bias is not None:
             layer.bias.fill_(_NEW_BIAS)
+
+
+def calibration_forward(backbone: Backbone) -> Callable[[Tensor], Any]:
+    """Returns a forward by which batch norm of a backbone is recalibrated for `FineTunedAlexNet`.
+
+    The batch norm of fc6 then sees what it is folded into conv6 for: each window of pool5, and not
+    a pool5 that is brought to the size of one window, as embeddings have it.
+    """
+    if not isinstance(backbone, AlexNetBackbone):
+        return backbone.embed
+
+    def forward(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "windows _"]:
+        maps = backbone(images)
+        pool5 = backbone.pool(maps["feature5"])
+        _check_positions(images, pool5)
+        # Values of a window are in the order of fc6's weights: channels first.
+        windows = unfold(pool5, _CONV6_SIDE)
+        return backbone.fc6(windows.transpose(1, 2).flatten(0, 1))
+
+    return forward
+
+
+def _check_positions(images: Float[Tensor, "b 3 h w"], pool5: Float[Tensor, "b c h2 w2"]) -> None:
+    """Checks that pool5 has a window for conv6. Raises `UsageError`."""
+    height, width = pool5.shape[2:]
+    if min(height, width) < _CONV6_SIDE:
+        raise UsageError(
+            f"pool5 of images of {images.shape[3]} x {images.shape[2]} px has {width} x "
+            f"{height} positions, but conv6 needs {_CONV6_SIDE} x {_CONV6_SIDE}: give a larger "
+            "crop_px, such as 227"
+        )
 
 
 @torch.no_grad()

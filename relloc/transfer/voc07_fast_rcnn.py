@@ -6,7 +6,7 @@ head, is not known. The network and its rescaling are those of the fine-tuned cl
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -22,8 +22,9 @@ from relloc.data.views import RandomSquare, View, check_view
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context
 from relloc.models.alexnet import AlexNetBackbone
+from relloc.models.backbone import Backbone
 from relloc.results import Score
-from relloc.transfer.alexnet import FineTunedAlexNet
+from relloc.transfer.alexnet import FineTunedAlexNet, calibration_forward
 from relloc.transfer.detection.batch import pad_images
 from relloc.transfer.detection.fast_rcnn import FastRcnn, alexnet_fast_rcnn, staged_fast_rcnn
 from relloc.transfer.detection.given_proposals import (
@@ -201,6 +202,9 @@ class Voc07FastRcnn(DetectionFineTuning[VocImage]):
             classifier = classifier.to(context.device)
             rescale_for_fine_tuning(classifier, self.rescaling_view, context)
         return alexnet_fast_rcnn(classifier, **settings)
+
+    def calibration_forward(self, backbone: Backbone) -> Callable[[Tensor], Any]:
+        return calibration_forward(backbone)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         first_stage = _fast_rcnn(network).first_stage

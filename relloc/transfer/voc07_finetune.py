@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +26,10 @@ from relloc.errors import DataError, UsageError
 from relloc.evaluation.average_precision import ap_area, ap_steps
 from relloc.evaluation.contract import Context
 from relloc.models.alexnet import AlexNetBackbone
+from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.results import Score
-from relloc.transfer.alexnet import FineTunedAlexNet
+from relloc.transfer.alexnet import FineTunedAlexNet, calibration_forward
 from relloc.transfer.classifier import Classifier
 from relloc.transfer.dropout import dropout_seeds
 from relloc.transfer.iterations import (
@@ -216,6 +217,9 @@ class Voc07Finetune(IterativeFineTuning):
         network = Classifier(copy.deepcopy(backbone), n_classes, seed=context.seed)
         nn.init.constant_(network.head.bias, _NEW_BIAS)
         return network
+
+    def calibration_forward(self, backbone: Backbone) -> Callable[[Tensor], Any]:
+        return calibration_forward(backbone)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         trained = network if self.trained == "all layers" else _head(network)

@@ -6,6 +6,7 @@ from torch import nn
 
 from relloc.errors import UsageError
 from relloc.features.batch_norm import check_one_image, recalibrate
+from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.one_value import refuse_one_value
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
@@ -64,6 +65,9 @@ def test_recalibration_with_one_image_is_refused_where_maps_have_one_pixel() -> 
     with pytest.raises(UsageError, match="view.batch"):
         check_one_image(small(), 32)
     check_one_image(small(), 96)
+    # fc6 has one value per channel of an image, whatever its size.
+    with pytest.raises(UsageError, match="view.batch"):
+        check_one_image(AlexNetBackbone(), 227)
     assert recalibrate(small(), [torch.rand(1, 3, 96, 96)]) == 1
     assert recalibrate(small(with_batch_norm=False), [torch.rand(1, 3, 32, 32)]) == 0
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from relloc.errors import UsageError
+from relloc.features.batch_norm import recalibrate
 from relloc.models.alexnet import AlexNetBackbone
-from relloc.transfer.alexnet import FineTunedAlexNet, folded
+from relloc.models.small import SmallBackbone
+from relloc.transfer.alexnet import FineTunedAlexNet, calibration_forward, folded
 
 
 def pretrained() -> AlexNetBackbone:
@@ -36,6 +38,24 @@ def test_trunk_and_conv6_compute_what_the_backbone_does() -> None:
     conv6 = network.head[:2](network.trunk(patches))
     torch.testing.assert_close(conv6[:, :, 0, 0], backbone.embed(patches), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@torch.no_grad()
+def test_recalibrated_outputs_of_conv6_have_mean_0_and_deviation_1() -> None:
+    backbone = pretrained()
+    images = torch.randn(4, 3, 227, 227)
+    recalibrate(backbone, [images], calibration_forward(backbone))
+    network = FineTunedAlexNet(backbone, 20, seed=0).eval()
+    outputs = network.head[0](network.trunk(images)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs.mean(dim=1), torch.zeros(4096), rtol=0, atol=0.05)
+    torch.testing.assert_close(outputs.std(dim=1), torch.ones(4096), rtol=0, atol=0.05)
+    with pytest.raises(UsageError, match="crop_px"):
+        calibration_forward(backbone)(torch.randn(1, 3, 64, 64))
+
+
+def test_other_networks_are_recalibrated_by_their_embedding() -> None:
+    backbone = SmallBackbone(widths=(8, 8, 8, 8, 8))
+    assert calibration_forward(backbone) == backbone.embed
 
 
 def test_layers_behind_pool5_have_the_sizes_of_the_paper() -> None:
