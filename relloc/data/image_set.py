@@ -12,6 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
+from relloc import ranks
+
 Role = Literal["train", "held_out"]
 ROLES: tuple[Role, ...] = ("train", "held_out")
 
@@ -112,8 +114,11 @@ def hash_lines(lines: Iterable[str]) -> str:
 def warn_of_other_counts(splits: Splits) -> None:
     """Warns if a split has another number of images than the published split of the same name.
 
-    Results on such a split can't be compared with published ones.
+    Results on such a split can't be compared with published ones. Of several processes, which all
+    list the same images, the first one warns.
     """
+    if ranks.rank() > 0:
+        return
     for images in (splits.train, splits.held_out):
         # Of a split that is not among the published ones nothing is known.
         published = splits.published_images.get(images.split, len(images))
