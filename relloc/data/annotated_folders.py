@@ -1,7 +1,6 @@
 """Image files with annotations: `ObjectFolder` with objects, `ClassMapFolder` with class maps."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from relloc.data.annotations import VOID, Objects, check_same_size
 from relloc.data.contents import hash_files
-from relloc.data.folder import FolderImages, names_below_common_folder
+from relloc.data.folder import FolderImages, missing_paths, names_below_common_folder
 from relloc.data.images import read_unconverted
 from relloc.data.object_table import ObjectTable
 from relloc.data.processes import Progress
@@ -170,15 +169,7 @@ def require_masks(images: str, mask_paths: Sequence[str]) -> None:
     Raises:
         DataError: masks are missing.
     """
-    # Listing folders is faster than asking for each file, above all on a file server.
-    existing: dict[str, set[str]] = {}
-    missing = []
-    for path in mask_paths:
-        folder, name = os.path.split(path)
-        if folder not in existing:
-            existing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in existing[folder]:
-            missing.append(path)
+    missing = missing_paths(mask_paths)
     if missing:
         raise DataError(
             f"{len(missing):,} of {len(mask_paths):,} masks of {images} are missing, the first is "

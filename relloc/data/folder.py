@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from relloc.data.contents import hash_files
-from relloc.data.image_set import Role, Splits, warn_of_other_counts
+from relloc.data.image_set import ImageSet, Role, Splits, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
 from relloc.data.listing import (
     PassedOver,
@@ -107,6 +107,30 @@ class FolderImages:
         These names are the same wherever the data set lies on disk.
         """
         return names_below_common_folder(self.paths)
+
+
+def missing_files(images: ImageSet) -> dict[str, str]:
+    """Returns "is missing" for each image whose file does not exist, by its source.
+
+    Sets that are no files, such as shards, have none.
+    """
+    if not isinstance(images, FolderImages):
+        return {}
+    return dict.fromkeys(missing_paths(images.paths), "is missing")
+
+
+def missing_paths(paths: Sequence[str]) -> list[str]:
+    """Returns the paths at which there is nothing."""
+    # Listing folders is faster than asking for each file, above all on a file server.
+    existing: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in existing:
+            existing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in existing[folder]:
+            missing.append(path)
+    return missing
 
 
 def names_below_common_folder(paths: Sequence[str]) -> Iterator[str]:
