@@ -88,7 +88,8 @@ def cityscapes(
 
     `train` and `held_out` are folders of leftImg8bit and gtFine below `root`. The masks are the
     files labelTrainIds that cityscapesScripts makes. Where one is missing its class map is computed
-    from labelIds, which the download has, by the same table.
+    from labelIds, which the download has, by the same table. An image of which there is only a mask
+    is listed too, and can't be read.
 
     Raises:
         DataError: a folder or mask is missing, or a folder holds no images.
@@ -126,12 +127,20 @@ def _split(name: str, base: Path, split: str) -> tuple[CityscapesImages, int]:
     for needed in (folder, masks):
         if not needed.is_dir():
             raise DataError(f"{needed} is missing: data.root is to hold {_HOLDING}")
-    # Sorted, as file systems list files in any order, which training and results would depend on.
-    images = sorted(folder.glob(f"*/*{_IMAGE}"))
-    if not images:
+    found = set(folder.glob(f"*/*{_IMAGE}"))
+    if not found:
         raise DataError(f"{folder} holds no images CITY/*{_IMAGE}: unpack the archive again")
     # Listing folders is faster than asking for each file, above all on a file server.
-    existing = {path.name for path in masks.glob("*/*.png")}
+    mask_files = list(masks.glob("*/*.png"))
+    existing = {path.name for path in mask_files}
+    # An image whose mask is there was lost when its archive was unpacked: it counts as unreadable.
+    for mask in mask_files:
+        for suffix in (_TRAIN_IDS, _LABEL_IDS):
+            if mask.name.endswith(suffix):
+                stem = mask.name.removesuffix(suffix)
+                found.add(folder / mask.parent.name / f"{stem}{_IMAGE}")
+    # Sorted, as file systems list files in any order, which training and results would depend on.
+    images = sorted(found)
     mask_paths = []
     n_converted = 0
     for image in images:

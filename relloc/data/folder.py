@@ -128,7 +128,8 @@ def missing_paths(paths: Sequence[str]) -> list[str]:
         folder, name = os.path.split(path)
         if folder not in existing:
             existing[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in existing[folder]:
+        # Some file systems find a file by a name that they list in other letters.
+        if name not in existing[folder] and not os.path.exists(path):
             missing.append(path)
     return missing
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from relloc import checks
+from relloc.data.annotations import ObjectImages
+from relloc.data.folder import missing_files
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.shards import ShardImages
@@ -251,6 +253,38 @@ class NamedEvaluation:
         if self.unreadable_share is None:
             return "data"
         return f"{self.group}.{self.name}.data"
+
+    def encode_config(self, of_run: EncodeConfig) -> EncodeConfig:
+        """Returns how the images are read: as the run does it, with the share that may be broken.
+
+        `of_run` has the run's own share, which holds for the run's own images.
+        """
+        if self.unreadable_share is None:
+            return of_run
+        return dataclasses.replace(
+            of_run,
+            unreadable_share=self.unreadable_share,
+            share_setting=f"{self.data_setting}.unreadable_share",
+        )
+
+    def check_files(self, of_run: EncodeConfig) -> None:
+        """Checks before a training that enough image files are there, and can be used.
+
+        A training meets its images one after the other, and those to test on after hours. `of_run`
+        says how the run reads images.
+
+        Raises:
+            DataError: more are missing, or have annotations that can't be used, than may be broken.
+        """
+        # Other evaluations meet all the images that they need within minutes.
+        if self.evaluation.kind != "fine-tuned":
+            return
+        for images in (self.splits.train, self.splits.held_out):
+            reasons = missing_files(images)
+            if isinstance(images, ObjectImages):
+                for index, reason in images.unusable().items():
+                    reasons[images.source(index)] = reason
+            self.encode_config(of_run).unreadable_of(len(images)).add(reasons)
 
     def check_images(self) -> None:
         """Checks that the images have the labels that the evaluation needs, and enough of them.

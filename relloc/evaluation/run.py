@@ -213,7 +213,8 @@ def evaluate(
     """
     # All parts of a group agree in everything that is read from the first one here.
     first = parts[0]
-    settings = _with_unreadable_share(settings, first.named)
+    encode_config = first.named.encode_config(settings.encode_config)
+    settings = dataclasses.replace(settings, encode_config=encode_config)
     backbone, details = _prepare_backbone(model.backbone, first, settings)
 
     live_train = live_held_out = NO_FEATURES
@@ -245,18 +246,6 @@ def evaluate(
         for score in part.evaluation.run(context):
             results.append(_to_result(score, part, model, settings, details))
         yield part, results
-
-
-def _with_unreadable_share(settings: EvalSettings, named: NamedEvaluation) -> EvalSettings:
-    """Returns the settings with the share of unreadable images that holds for the evaluation."""
-    if named.unreadable_share is None:
-        return settings
-    encode_config = dataclasses.replace(
-        settings.encode_config,
-        unreadable_share=named.unreadable_share,
-        share_setting=f"{named.data_setting}.unreadable_share",
-    )
-    return dataclasses.replace(settings, encode_config=encode_config)
 
 
 def _prepare_backbone(

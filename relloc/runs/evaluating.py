@@ -78,8 +78,10 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         print_left_out(left_out)
         _refuse_several_processes(evaluations)
         # Missing data of the last evaluation is an error before the first is run.
+        encode_config = settings.encode_config(engine)
         for named in evaluations:
             named.check_images()
+            named.check_files(encode_config)
         folder = None
         if ranks.rank() == 0:
             # Only the first process records the run, follows it in MLflow and prints.

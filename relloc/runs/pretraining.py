@@ -78,6 +78,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         print_left_out(left_out)
         for named in _measurable(evaluations):
             named.check_images()
+            named.check_files(settings.encode_config(engine))
         if ranks.rank() == 0:
             _warn_of_small_shards(settings)
             _report_scaled_schedule(settings)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from relloc import checks, ranks
-from relloc.data.folder import missing_files
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.samples import MakeSample, read_samples
 from relloc.errors import DataError
@@ -248,7 +247,6 @@ class IterativeFineTuning(Evaluation):
             DataError: too many images can't be read.
             Diverged: loss or weights are not finite.
         """
-        self._count_unusable(context)
         training = self.training(context)
         network = training.network
         # A training that was stopped goes on where its last state was saved.
@@ -277,20 +275,6 @@ class IterativeFineTuning(Evaluation):
             deviations = (*score.deviations, *self.deviations(training.length))
             details = (*score.details, *self._details(network, training.length))
             yield dataclasses.replace(score, deviations=deviations, details=details)
-
-    def _count_unusable(self, context: Context) -> None:
-        """Counts the images that are known to be unusable before any is read.
-
-        Held-out ones would be noticed in the first test, after hours of training.
-
-        Raises:
-            DataError: they are too many.
-        """
-        for images in (context.splits.train, context.splits.held_out):
-            reasons = missing_files(images)
-            for index, reason in self.unusable(images).items():
-                reasons[images.source(index)] = reason
-            context.encode_config.unreadable_of(len(images)).add(reasons)
 
     def training(self, context: Context) -> FineTuning[ForwardSamples[Any]]:
         """Returns the training from its beginning, of a network that is on the device."""

@@ -78,3 +78,17 @@ def test_voc_is_segmented_with_and_without_the_masks_of_sbd(relloc, tmp_path: Pa
         assert "voc12aug_fcn" in done.text
     assert "6 images" in n_images["without"]
     assert "10 images" in n_images["with"]
+
+
+def test_missing_test_images_are_told_before_the_training(relloc, tmp_path: Path) -> None:
+    root = voc(tmp_path / "data")
+    images = root / "VOCdevkit/VOC2012/JPEGImages"
+    for name in ("val0", "val2"):
+        (images / f"{name}.jpg").unlink()
+    run = tmp_path / "run"
+    done = relloc("evaluate", *words(root, run))
+    assert done.code == 2
+    assert "2 of 3 images" in done.text
+    assert "val0.jpg" in done.text
+    # Nothing was trained, so there are no curves.
+    assert not list(run.rglob("journal.jsonl"))

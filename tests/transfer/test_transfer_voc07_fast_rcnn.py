@@ -474,20 +474,6 @@ def test_it_runs_on_files_of_voc(tmp_path: Path) -> None:
         assert any("2 images of voc2007 trainval" in each for each in headline.deviations)
 
 
-def test_files_that_are_missing_end_the_run_before_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, boxes = write_voc(tmp_path), write_proposals(tmp_path / "boxes")
-    folders = {"root": str(root), "proposals": str(boxes)}
-    splits = voc_with_proposals(**folders, year=2007, train="trainval", held_out="test")
-    (missing,) = [splits.held_out.source(index) for index in range(len(splits.held_out))]
-    Path(missing).unlink()
-    monkeypatch.setattr(Voc07FastRcnn, "training", None)
-    one = evaluation(iterations=2, milestones=[1])
-    with pytest.raises(DataError, match=rf"1 of 1 images .*{Path(missing).name}: is missing"):
-        list(one.run(given(tmp_path, splits=splits)))
-
-
 def test_the_metric_counts_the_last_pixels() -> None:
     """Boxes as they are read and found have a perfect overlap."""
     from relloc.transfer.detections import Detections
