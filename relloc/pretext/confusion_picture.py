@@ -52,7 +52,8 @@ def draw_confusion(
     n_pairs = int(confusion.sum())
     share = f"{top1:.1f} % of {n_pairs:,} {pairs} right"
     title = f"{heading}: {share} (chance {CHANCE_PERCENT} %)"
-    figure.suptitle(title, fontsize=13)
+    # Names of data sets and people may hold what looks like a formula.
+    figure.suptitle(title, fontsize=13, parse_math=False)
     matrix = figure.add_axes(_MATRIX_BOX)
     image = _draw_matrix(matrix, percent)
     position_map = figure.add_axes(_MAP_BOX)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 from matplotlib.figure import Figure
 
 from relloc.files import write_whole, writing
@@ -51,7 +51,7 @@ def share_of(
     right: Bool[np.ndarray, "grids pairs"],
     chosen: Bool[np.ndarray, "grids pairs"],
     images: Int64[np.ndarray, "grids"],
-    sources: Sequence[str],
+    sources: Shaped[np.ndarray, "grids"],
 ) -> Share | None:
     """Returns the accuracy over the chosen pairs, or None where no pair is chosen.
 
@@ -64,7 +64,7 @@ def share_of(
         right: whether the answer about each pair of each grid is right.
         chosen: which pairs count.
         images: the number of the image of each grid.
-        sources: the source of the image of each grid.
+        sources: the name of the source of the image of each grid.
     """
     # Grids without a chosen pair say nothing, and neither do their sources.
     has_pairs = chosen.any(axis=1)
@@ -72,7 +72,7 @@ def share_of(
         return None
     hits = (right & chosen)[has_pairs].sum(axis=1)
     pairs = chosen[has_pairs].sum(axis=1)
-    sources_of_pairs = np.asarray(sources)[has_pairs].tolist()
+    sources_of_pairs = sources[has_pairs].tolist()
     ratio, half_width = clustered_ratio(hits, pairs, sources_of_pairs)
     low = max(0.0, ratio - half_width)
     high = min(1.0, ratio + half_width)

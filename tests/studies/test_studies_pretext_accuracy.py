@@ -223,22 +223,24 @@ def test_intervals_are_clustered_by_image_and_leave_out_what_has_no_pair() -> No
     chosen = np.ones_like(right)
     chosen[5] = False
     images = np.array([0, 0, 1, 1, 2, 3])
-    names = [f"image {index}" for index in images]
-    found = share_of("some", right, chosen, images, names)
+    sources = np.array([f"image {index}" for index in images])
+    found = share_of("some", right, chosen, images, sources)
     assert found is not None
     hits = torch.tensor([8, 8, 0, 0, 8])
-    expected = accuracy(hits, names[:5])
+    expected = accuracy(hits, sources[:5].tolist())
     assert (found.percent, found.pairs, found.images) == (60, 40, 3)
     assert (found.low, found.high) == (expected.low, expected.high)
-    none = share_of("wrong", np.zeros_like(right), chosen, images, names)
+    none = share_of("wrong", np.zeros_like(right), chosen, images, sources)
     assert none is not None
     exact = binomtest(0, 3).proportion_ci(0.95, method="exact")
     assert (none.low, none.high) == (0, pytest.approx(100 * exact.high))
-    assert share_of("none", right, np.zeros_like(right), images, names) is None
+    assert share_of("none", right, np.zeros_like(right), images, sources) is None
 
 
 def test_pictures_of_many_classes_show_the_best_and_the_worst(tmp_path: Path) -> None:
-    one = share_of("$a_b$", np.ones((2, 8), bool), np.ones((2, 8), bool), np.arange(2), ["a", "b"])
+    one = share_of(
+        "$a_b$", np.ones((2, 8), bool), np.ones((2, 8), bool), np.arange(2), np.array(["a", "b"])
+    )
     assert one is not None
     draw_shares([one], tmp_path / "one.png", title="$one")
     draw_shares([one] * 500, tmp_path / "many.png", title="many")

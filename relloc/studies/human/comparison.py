@@ -47,7 +47,8 @@ class Replies:
         if chosen is None:
             chosen = np.ones(len(self.labels), dtype=bool)
         _, images = np.unique(np.asarray(self.sources), return_inverse=True)
-        return share_of(name, self.right[:, None], chosen[:, None], images, self.sources)
+        sources = np.array(self.sources, dtype=object)
+        return share_of(name, self.right[:, None], chosen[:, None], images, sources)
 
     def by_position(self) -> dict[str, Share]:
         """Returns the accuracy of each position that was asked about."""

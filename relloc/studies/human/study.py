@@ -1,7 +1,6 @@
 """Measures how well a person solves the pretext task, beside chance and beside a network."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -252,12 +251,10 @@ def _in_words(share: Share) -> str:
 def _save(replies: Replies, heading: str, prefix: str, context: Context) -> None:
     """Saves picture and table of the confusions."""
     counts = replies.confusion()
-    # A name may hold what matplotlib reads as a formula.
-    plain = re.sub(r"\$", r"\\$", heading)
     draw_confusion(
         counts,
         context.folder / f"{prefix}confusion.png",
-        heading=plain,
+        heading=heading,
         top1=_share_of_all(replies).percent,
         pairs="pairs",
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 
 from relloc import checks
 from relloc.data.annotations import ObjectImages
@@ -288,12 +288,13 @@ class _Findings:
         return np.exp(self.log_probabilities.max(axis=2)).flatten()
 
     @functools.cached_property
-    def sources(self) -> list[str]:
-        """The source of the image of each grid."""
+    def sources(self) -> Shaped[np.ndarray, "grids"]:
+        """The name of the source of the image of each grid."""
         names = {}
         for index in np.unique(self.answers.images).tolist():
             names[index] = self.images.source(index)
-        return [names[index] for index in self.answers.images.tolist()]
+        # As objects: an array of texts would take the longest one's memory for each.
+        return np.array([names[index] for index in self.answers.images.tolist()], dtype=object)
 
     @property
     def n_images(self) -> int:
@@ -318,7 +319,7 @@ class _Findings:
         """Returns its mean over pairs in nats, and the ends of its 95 % interval."""
         of_right = self.log_probabilities.diagonal(axis1=1, axis2=2)
         pairs = np.full(len(of_right), N_PAIRS)
-        mean, half_width = clustered_ratio(-of_right.sum(axis=1), pairs, self.sources)
+        mean, half_width = clustered_ratio(-of_right.sum(axis=1), pairs, self.sources.tolist())
         # With images of a single source nothing is known of others.
         if math.isinf(half_width):
             return mean, None, None
