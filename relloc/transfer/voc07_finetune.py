@@ -372,7 +372,7 @@ class Voc07Finetune(IterativeFineTuning):
         )
         draw_examples(
             examples,
-            images.read,
+            images,
             context.folder / "examples.png",
             title=f"{title}: strongest answers, with the probability of the class",
         )

@@ -204,9 +204,9 @@ def test_average_precisions_and_the_strongest_answers_are_drawn(
         drawn.update(precisions=precisions, counts=counts, title=title)
         draw_ap_by_class(precisions, counts, path, title=title)
 
-    def keep_examples(examples: Any, read: Any, path: Path, *, title: str) -> None:
-        drawn.update(examples=examples)
-        draw_examples(examples, read, path, title=title)
+    def keep_examples(examples: Any, images: Any, path: Path, *, title: str) -> None:
+        drawn.update(examples=examples, images=images)
+        draw_examples(examples, images, path, title=title)
 
     monkeypatch.setattr(voc07_finetune, "draw_ap_by_class", keep_bars)
     monkeypatch.setattr(voc07_finetune, "draw_examples", keep_examples)
@@ -220,6 +220,7 @@ def test_average_precisions_and_the_strongest_answers_are_drawn(
     mean = 100 * sum(drawn["precisions"].values()) / 2
     assert mean == pytest.approx(scores[0].value)
     assert f"{mean:.2f}" in drawn["title"]
+    assert drawn["images"] is test
     presence = np.array(test.presence())
     for number, name in enumerate(("red", "green")):
         examples = drawn["examples"][name]

@@ -1,7 +1,8 @@
 """Shows how well a classifier knows each class: average precision, and its strongest answers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from relloc.data.image_set import ImageSet
 from relloc.errors import UnreadableImage
 from relloc.files import writing
 
@@ -137,19 +139,19 @@ def draw_ap_by_class(
 
 def draw_examples(
     examples: Mapping[str, ClassExamples],
-    read: Callable[[int], Image.Image],
+    images: ImageSet,
     path: Path,
     *,
     title: str,
 ) -> None:
     """Saves a sheet of the strongest right and wrong answers about each class.
 
-    A number below an image is the probability of the class, a frame is blue where the answer is
-    right, and orange where it is wrong.
+    Below an image stand the probability of the class and the name of the image's file. A frame is
+    blue where the answer is right, and orange where it is wrong.
 
     Args:
         examples: by the name of the class.
-        read: returns the image with a number.
+        images: what the numbers of examples are of.
         path: where the picture is saved; an earlier one is replaced.
         title: what the picture is headed.
     """
@@ -174,7 +176,7 @@ def draw_examples(
         _write(pen, (left + _GAP, upper + _SIDE // 2), name)
         for column, example in enumerate((of_class.found, of_class.false, of_class.missed)):
             cell_left = left + _NAME_WIDTH + column * (_SIDE + _GAP)
-            _draw_example(sheet, pen, (cell_left, upper), example, read)
+            _draw_example(sheet, pen, (cell_left, upper), example, images)
     with writing(path) as file:
         sheet.save(file, format="png")
 
@@ -184,9 +186,9 @@ def _draw_example(
     pen: ImageDraw.ImageDraw,
     corner: tuple[int, int],
     example: Example | None,
-    read: Callable[[int], Image.Image],
+    images: ImageSet,
 ) -> None:
-    """Draws an image into its cell, with its frame and the probability below."""
+    """Draws an image into its cell, with its frame, and the probability and its name below."""
     left, top = corner
     cell = (left, top, left + _SIDE - 1, top + _SIDE - 1)
     if example is None:
@@ -195,15 +197,30 @@ def _draw_example(
     pen.rectangle(cell, fill=_RIGHT if example.is_right else _WRONG)
     inner = _SIDE - 2 * _FRAME
     try:
-        image = read(example.image)
+        image = images.read(example.image)
     except UnreadableImage:
         # It was read before, so that its file has changed since. The training is not lost for it.
         image = Image.new("RGB", (inner, inner), _GRAY)
     # The whole image, since the object may be at its border.
     fitted = ImageOps.pad(image.convert("RGB"), (inner, inner), color=_GRAY)
     sheet.paste(fitted, (left + _FRAME, top + _FRAME))
-    text = f"{100 * example.probability:.0f} %  (image {example.image})"
+    text = caption(example.probability, images.source(example.image))
     _write(pen, (left, top + _SIDE + _LINE // 2), text)
+
+
+def caption(probability: float, source: str) -> str:
+    """Returns the probability in percent and the name of a file, as wide as an image at most.
+
+    Of a long name the end is kept, since names of a data set often begin alike.
+    """
+    start = f"{100 * probability:.0f} %  "
+    name = os.path.basename(source)
+    text = start + name
+    font = ImageFont.load_default(_TEXT_SIZE)
+    while name and font.getlength(text) > _SIDE:
+        name = name[1:]
+        text = f"{start}…{name}"
+    return text
 
 
 def _write_key(pen: ImageDraw.ImageDraw, *, top: int) -> None:

@@ -1,14 +1,17 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from relloc.data.folder import FolderImages
 from relloc.errors import UnreadableImage
 from relloc.transfer.metrics.class_answers import (
     ClassExamples,
     Example,
+    caption,
     draw_ap_by_class,
     draw_examples,
     strongest_answers,
@@ -58,11 +61,28 @@ def test_bars_are_average_precisions_with_the_best_class_on_top(
         assert image.format == "PNG"
 
 
-def test_examples_are_drawn_with_frames_of_right_and_wrong(tmp_path: Path) -> None:
-    def read(index: int) -> Image.Image:
+class OfOneColor(FolderImages):
+    """Images of a green that has the number of the image in it; the file of image 9 is gone."""
+
+    def read(self, index: int) -> Image.Image:
         if index == 9:
             raise UnreadableImage("it was removed")
         return Image.new("RGB", (40, 30), (0, 255, index))
+
+
+def test_examples_are_drawn_with_frames_of_right_and_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = ImageDraw.ImageDraw.text
+
+    def keep(pen: ImageDraw.ImageDraw, where: Any, text: str, **how: Any) -> None:
+        written.append(text)
+        write(pen, where, text, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", keep)
+    paths = [f"/voc/JPEGImages/00{number}.jpg" for number in range(10)]
+    images = OfOneColor(name="voc", split="test", paths=paths)
 
     def example(image: int, probability: float, *, is_positive: bool) -> Example:
         return Example(image=image, probability=probability, is_positive=is_positive)
@@ -79,7 +99,7 @@ def test_examples_are_drawn_with_frames_of_right_and_wrong(tmp_path: Path) -> No
         ),
         "sofa": ClassExamples(found=None, false=None, missed=None),
     }
-    draw_examples(examples, read, tmp_path / "examples.png", title="three classes")
+    draw_examples(examples, images, tmp_path / "examples.png", title="three classes")
     with Image.open(tmp_path / "examples.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     # Each image is drawn, with its own color: that of cat and dog twice, that of the removed not.
@@ -91,3 +111,21 @@ def test_examples_are_drawn_with_frames_of_right_and_wrong(tmp_path: Path) -> No
     n_blue = (pixels == BLUE).all(axis=2).sum()
     n_orange = (pixels == ORANGE).all(axis=2).sum()
     assert n_blue == n_orange > 1000
+    # An image is found by the name of its file.
+    assert {"80 %  002.jpg", "10 %  003.jpg", "30 %  009.jpg"} <= set(written)
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        ("/data/000012.jpg", "000012.jpg"),
+        ("shard-000.tar/2008_000012.jpg", "_000012.jpg"),
+        ("/data/" + 30 * "w" + "12.jpg", "w12.jpg"),
+        ("a b", "a b"),
+    ],
+)
+def test_the_end_of_a_name_is_written_where_all_of_it_is_too_wide(source: str, kept: str) -> None:
+    text = caption(1.0, source)
+    assert text.startswith("100 %  ")
+    assert text.endswith(kept)
+    assert ImageFont.load_default(13).getlength(text) <= 132
