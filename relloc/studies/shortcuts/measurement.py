@@ -181,18 +181,27 @@ class Measurement:
         span = pretext.patches.grid.span_px
         side = span + 2 * self.strengths.margin_px(span)
         config = context.encode_config
-        blocks = _blocks(self.noise_images)
-        for block, n in config.progress(blocks, "shortcuts, noise", len(blocks)):
-            images = noise_images(
-                block,
-                n,
-                side,
-                self.strengths.smooth_px,
-                seed=context.seed,
-                device=config.device,
-            )
+        # A GPU is asked about many images at once.
+        images_at_once = _images_at_once(config.device)
+        starts = range(0, self.noise_images, images_at_once)
+        for start in config.progress(starts, "shortcuts, noise", len(starts)):
+            end = min(start + images_at_once, self.noise_images)
+            parts = []
+            for block, n in _blocks(end)[start // NOISE_BLOCK :]:
+                drawn = noise_images(
+                    block,
+                    n,
+                    side,
+                    self.strengths.smooth_px,
+                    seed=context.seed,
+                    device=config.device,
+                )
+                parts.append(drawn)
+            images: dict[Kind, Tensor] = {}
+            for kind in parts[0]:
+                images[kind] = torch.cat([drawn[kind] for drawn in parts])
             seeds = []
-            for number in range(block * NOISE_BLOCK, block * NOISE_BLOCK + n):
+            for number in range(start, end):
                 seeds.append(seed_for(Use.SHORTCUT_NOISE_QUESTIONS, context.seed, number))
             self._ask(pretext, asked, images, seeds, answers, context)
 
@@ -207,9 +216,16 @@ class Measurement:
     ) -> None:
         """Asks the questions about these kinds of images, and adds the answers."""
         about_these = [question for question in asked if question.kind in images]
-        right = ask(pretext, about_these, images, seeds, bf16=context.encode_config.bf16)
-        for name, of_images in right.items():
-            answers[name].append(of_images)
+        config = context.encode_config
+        size = _images_at_once(config.device)
+        for start in range(0, len(seeds), size):
+            part = slice(start, start + size)
+            of_part: dict[Kind, Tensor] = {}
+            for kind, batch in images.items():
+                of_part[kind] = batch[part]
+            right = ask(pretext, about_these, of_part, seeds[part], bf16=config.bf16)
+            for name, of_images in right.items():
+                answers[name].append(of_images)
 
     def _read(
         self,
@@ -247,6 +263,15 @@ class _Regressors:
             self.network.finish()
         self.maps.finish()
         self.noise.finish()
+
+
+def _images_at_once(device: torch.device) -> int:
+    """Returns how many images the network is asked about at once, a multiple of `NOISE_BLOCK`.
+
+    A GPU needs many to be busy. On a CPU tensors as large as those of 64 images are given back to
+    the system each time, and getting them anew took a third of the time.
+    """
+    return NOISE_BLOCK if device.type == "cpu" else 8 * NOISE_BLOCK
 
 
 def _stacked(squares: Sequence[np.ndarray], device: torch.device) -> UInt8[Tensor, "b 3 s s"]:

@@ -24,8 +24,8 @@ from relloc.studies.shortcuts import distortions
 # What a question is about: the central square of a photograph, a corner of it, white noise, smooth
 # noise, or the field that noise through a lens is made of.
 Kind = Literal["photograph", "corner", "white", "smooth", "field"]
-# Images made at once: a fixed number, since their random numbers come from one generator.
-NOISE_BLOCK = 64
+# Images of noise that are drawn at once: a fixed number, since one generator draws them all.
+NOISE_BLOCK = 16
 AS_TRAINED = "as trained"
 # The interpolation of the lens reaches so many pixels beyond the point that it samples.
 _INTERPOLATION_PX = 2
