@@ -16,22 +16,29 @@
 # pretext accuracy, each against each accuracy that was measured of the same runs. If a measure
 # ranked runs as an accuracy does, labels would not be needed to choose among them.
 #
-# The notebook reads every run below `RELLOC_RUNS` (or `runs/`), and uses what at least five
-# settings have in common. Open it in Jupyter through jupytext, or run `python
-# analysis/label_free.py`, which saves `label_free.png` in the runs folder.
+# It uses what at least five settings have in common.
+
+# %% [markdown]
+# `RELLOC_RUNS` names the folder of runs, or `RELLOC_MLFLOW` a store in its place, and
+# `RELLOC_SELECT` chooses among them, such as `sweep=gaps eval=knn grid.gap_px=0,21`. Open this in
+# Jupyter through jupytext, or run it by Python:
+#
+#     python analysis/label_free.py
+#
+# saves the figures in `figures` in the folder of runs, as PNG, SVG and PDF.
 
 # %%
 import matplotlib.pyplot as plt
 import pandas as pd
-from load import runs_folder
+from load import figures_folder, load_measured, selected_words
 
-from relloc.reports.load import find_measured
 from relloc.reports.observations import observations
 from relloc.reports.prediction import check_enough, predictions
+from relloc.reports.style import category_looks, save, use_style
 
-runs = runs_folder()
-observed = observations(find_measured([runs]))
-check_enough(observed, str(runs))
+use_style()
+observed = observations(load_measured())
+check_enough(observed, " ".join(selected_words()) or "all runs")
 found = predictions(observed)
 
 # %% [markdown]
@@ -93,7 +100,7 @@ columns = list(dict.fromkeys(column for _, column in panels))
 figure, axes = plt.subplots(
     len(rows),
     len(columns),
-    figsize=(3.2 * len(columns), 3 * len(rows)),
+    figsize=(1.75 * len(columns), 1.75 * len(rows)),
     squeeze=False,
     layout="constrained",
 )
@@ -102,21 +109,23 @@ for (row, column), each in panels.items():
     of_measure = observed.measures[each.measure]
     of_accuracy = observed.accuracies[each.accuracy]
     weights = sorted(of_measure.keys() & of_accuracy.keys())
+    [look] = category_looks(1)
     axis.scatter(
         [of_measure[name] for name in weights],
         [of_accuracy[name] for name in weights],
-        s=16,
+        s=12,
+        color=look["color"],
     )
-    axis.set_title(f"rho {each.spearman.value:.2f} at {each.layer or 'network'}", fontsize=9)
-    axis.set_xlabel(f"{column.name}, n = {column.n:,}")
-    axis.set_ylabel(f"{row.eval}/{row.metric} (%)")
-    axis.grid(alpha=0.3)
+    axis.set_title(f"rho {each.spearman.value:.2f} at {each.layer or 'network'}", fontsize=7)
+    unit = "pairs" if column.kind == "pretext" else "images"
+    axis.set_xlabel(f"{column.name}\n({column.n:,} {unit})", fontsize=7)
+    axis.set_ylabel(f"{row.eval}/{row.metric} (%)\nn = {row.n:,}", fontsize=7)
 for axis in axes.flat:
     # Not each measure was taken of each model and batch norm
     if not axis.collections:
         axis.set_axis_off()
-figure.savefig(runs / "label_free.png", dpi=120)
-print("saved", runs / "label_free.png")
+for file in save(figure, figures_folder(), "label_free"):
+    print("saved", file)
 
 # %% [markdown]
 # A measure ranks runs by an accuracy beyond what seeds and the choice of settings explain if its

@@ -17,17 +17,22 @@
 # and how much between seeds.
 #
 # The notebook reads every sweep below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter through
-# jupytext, or run `python analysis/sweep.py`, which saves `sweep.png` in the runs folder.
+# jupytext, or run `python analysis/sweep.py`, which saves its figure in `figures` in the folder of
+# runs, as PNG, SVG and PDF.
 
 # %%
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
-from load import runs_folder
+from load import figures_folder, runs_folder
 
+from relloc.reports.style import axis_label, ordered_looks, save, use_style
 from relloc.reports.sweep import mean_tables, our_lines, read_sweep
 from relloc.results import RESULTS_FILE
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep
 
+use_style()
 # By sweep and metric: the mean, standard deviation and count over seeds of each setting and layer
 tables = {}
 for file in sorted(runs_folder().glob(f"sweeps/*/{SWEEP_FILE}")):
@@ -76,29 +81,53 @@ differences
 # Each metric at the layer where settings differ the most. Bars are standard deviations over seeds.
 
 # %%
+MOST_COLUMNS = 3
+n_rows = -(-len(tables) // MOST_COLUMNS)
 figure, axes = plt.subplots(
-    1, len(tables), figsize=(4.6 * len(tables), 3.8), squeeze=False, layout="constrained"
+    n_rows,
+    min(len(tables), MOST_COLUMNS),
+    figsize=(2.3 * min(len(tables), MOST_COLUMNS), 2.3 * n_rows),
+    squeeze=False,
+    layout="constrained",
 )
-for axis, ((sweep, title), ours) in zip(axes[0], tables.items(), strict=True):
+for axis in axes.flat[len(tables) :]:
+    axis.set_axis_off()
+for axis, ((sweep, title), ours) in zip(axes.flat, tables.items(), strict=False):
     layer = ours["mean"].std().idxmax()
     # The first setting goes across; each combination of the others is a curve
     across, *others = ours.index.names
-    curves = ours.groupby(others, observed=True) if others else [((), ours)]
-    for values, curve in curves:
+    curves = list(ours.groupby(others, observed=True)) if others else [((), ours)]
+    looks = ordered_looks(len(curves))
+    for (values, curve), look in zip(curves, looks, strict=True):
         settings = curve.index.get_level_values(across).astype(str)
-        means = curve["mean", layer]
         # One seed has no standard deviation
         bars = curve["std", layer].fillna(0)
         axis.errorbar(
-            settings,
-            means,
-            bars,
-            marker="o",
-            label=", ".join(values),
+            settings, curve["mean", layer], bars, capsize=2, label=", ".join(values), **look
         )
-    axis.set(title=f"{sweep}: {title}\n{layer}", xlabel=across)
-    axis.grid(alpha=0.3)
+    metric, _, images = title.partition(" on ")
+    n = int(ours["count", layer].max())
+    axis.set_title(f"{sweep}: {metric}, {layer}\n{images}, {n} seeds", fontsize=7)
+    # A unit other than percent follows the images
+    images, _, unit = images.partition(", ")
+    axis.set(xlabel=axis_label(across), ylabel=f"{metric} ({unit or '%'})")
     if others:
-        axis.legend(title=", ".join(others), fontsize=8)
-figure.savefig(runs_folder() / "sweep.png", dpi=120)
-print("saved", runs_folder() / "sweep.png")
+        axis.legend(title=", ".join(map(axis_label, others)))
+for file in save(figure, figures_folder(), "sweep"):
+    print("saved", file)
+
+# %%
+# Where settings do not matter, the means of n seeds have a deviation of seeds / sqrt(n)
+known = differences.dropna(subset=["seeds"])
+expected = known["seeds"] / known["n"] ** 0.5
+ratios: Any = (known["settings"] / expected).replace(float("inf"), float("nan")).dropna()
+if ratios.empty:
+    answer = "With one seed of each setting it can't be told: train several."
+else:
+    most: Any = ratios.idxmax()
+    answer = (
+        f"**Settings differ by {ratios.median():.1f} times what seeds alone would make them differ "
+        f"by, at the median of {len(ratios)} metrics and layers**, and by {ratios.max():.1f} times "
+        f"at the most ({most[1]}, {most[2]}, of {most[0]})."
+    )
+print(answer)

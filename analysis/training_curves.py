@@ -10,45 +10,117 @@
 # ---
 
 # %% [markdown]
-# # How did pretraining go?
+# # How did pretraining go, and did it still improve at its end?
 #
-# Each pretraining's pretext loss, its accuracy on training and held-out images, and the RankMe
-# (effective rank) of its features, by step.
-#
-# The notebook reads the journals of every run below `RELLOC_RUNS` (or `runs/`). Open it in Jupyter
-# through jupytext, or run `python analysis/training_curves.py`, which saves `training_curves.png`
-# in the runs folder.
-
-# %%
-import matplotlib.pyplot as plt
-from load import load_curves, runs_folder
-
-curves = load_curves(runs_folder())
-# The metrics of each panel, by its title
-PANELS = {
-    "pretext loss": ["train/loss"],
-    "pretext top-1, %": ["train/top1", "monitor/pretext/top1"],
-    "RankMe": ["monitor/rankme/feature4", "monitor/rankme/feature5", "monitor/rankme/avgpool"],
-}
+# Pretext loss, accuracy on training and held-out images, the RankMe (effective rank) of features
+# and nearest neighbors on labeled images, over the images seen. Trainings that differ in their seed
+# alone are one line, their mean, with the range from the lowest to the highest.
 
 # %% [markdown]
-# The last values of each run:
+# `RELLOC_RUNS` names the folder of runs, or `RELLOC_MLFLOW` a store in its place, and
+# `RELLOC_SELECT` chooses among them, such as `sweep=gaps eval=knn grid.gap_px=0,21`. Open this in
+# Jupyter through jupytext, or run it by Python:
+#
+#     python analysis/training_curves.py
+#
+# saves the figure in `figures` in the folder of runs, as PNG, SVG and PDF.
 
 # %%
-curves.groupby(["run", "metric"], sort=False)["value"].last().unstack("run").round(2)
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from draw import legend_below, line_looks, panel_axes
+from load import LINE, as_frame, figures_folder, line_names, load_curves
+
+from relloc.reports.style import mark_chance, save, use_style
+
+use_style()
+curves = load_curves()
+names = line_names(curves)
+looks = line_looks(curves, names)
+measured = curves["metric"].unique()
+CHANCE = 12.5  # percent, of eight positions
+neighbors = [name for name in measured if name.startswith("monitor/knn/feature4/")]
+PANELS = {
+    "train/loss": "pretext loss (nats)",
+    "train/top1": "pretext top-1,\ntraining images (%)",
+    "monitor/pretext/top1": "pretext top-1,\nheld-out images (%)",
+    "monitor/rankme/feature4": "RankMe, feature4\n(directions)",
+    "monitor/rankme/feature5": "RankMe, feature5\n(directions)",
+}
+for name in neighbors[:1]:
+    PANELS[name] = "nearest neighbors,\nfeature4, top-1 (%)"
+metrics = [metric for metric in PANELS if metric in measured]
+# Older runs did not record how many images a step has
+x_axis = "images_seen" if curves["images_seen"].notna().all() else "step"
+X_LABELS = {"images_seen": "images seen (thousands)", "step": "step"}
+scale = 1000 if x_axis == "images_seen" else 1  # from millions
+
+# %% [markdown]
+# The last values of each line, means over seeds:
 
 # %%
-figure, axes = plt.subplots(
-    1, len(PANELS), figsize=(4.6 * len(PANELS), 3.6), squeeze=False, layout="constrained"
-)
-for axis, (title, metrics) in zip(axes[0], PANELS.items(), strict=True):
-    shown = curves.loc[curves["metric"].isin(metrics)]
-    for (run, metric), curve in shown.groupby(["run", "metric"], sort=False):
-        axis.plot(curve["step"], curve["value"], linewidth=1.2, label=f"{run}, {metric}")
-    axis.set(title=title, xlabel="step")
-    axis.grid(alpha=0.3)
-    # A pretraining without monitors has empty panels
-    if axis.lines:
-        axis.legend(fontsize=7)
-figure.savefig(runs_folder() / "training_curves.png", dpi=120)
-print("saved", runs_folder() / "training_curves.png")
+last = curves.groupby([*LINE, "folder", "metric"], sort=False)["value"].last()
+by_line = last.groupby([*LINE, "metric"], sort=False).agg(["mean", "count"])
+table = by_line["mean"].unstack("metric")[metrics].round(2)
+table.insert(0, "seeds", by_line["count"].unstack("metric").max(axis=1).astype(int))
+table.index = pd.Index([names[key] for key in table.index], name="line")
+table
+
+# %%
+figure, axes = panel_axes(len(metrics), height=1.9)
+for axis, metric in zip(axes, metrics, strict=True):
+    of_metric = curves[curves["metric"] == metric]
+    for key, name in names.items():
+        is_of_line = np.ones(len(of_metric), dtype=bool)
+        for field, value in zip(LINE, key, strict=True):
+            is_of_line &= (of_metric[field] == value).to_numpy()
+        of_line = of_metric[is_of_line]
+        if of_line.empty:
+            continue
+        n = of_line["folder"].nunique()
+        # Steps that all seeds have: one that was resumed may have reported at others
+        by_step = of_line.groupby(x_axis)["value"].agg(["mean", "min", "max", "count"])
+        by_step = by_step[by_step["count"] == n]
+        look: dict[str, Any] = looks[key] | {"markevery": max(1, len(by_step) // 6)}
+        x = by_step.index * scale
+        axis.plot(x, by_step["mean"], label=f"{name} (n = {n})", **look)
+        if n > 1:
+            axis.fill_between(
+                x, by_step["min"], by_step["max"], color=look["color"], alpha=0.12, linewidth=0
+            )
+    if "pretext/top1" in metric or metric == "train/top1":
+        mark_chance(axis, CHANCE, f"chance, {CHANCE} %")
+    if metric == "train/loss":
+        mark_chance(axis, float(np.log(8)), "chance, log 8")
+    axis.set(ylabel=PANELS[metric], xlabel=X_LABELS[x_axis])
+legend_below(figure, axes)
+for file in save(figure, figures_folder(), "training_curves"):
+    print("saved", file)
+
+# %% [markdown]
+# Whether a training still improved: its held-out pretext accuracy at the end less that of the last
+# time before, at most the last tenth of the images seen, but for short trainings.
+
+# %%
+held_out = curves[curves["metric"] == "monitor/pretext/top1"]
+ends = []
+for folder, of_run in held_out.groupby("folder"):
+    values = of_run.sort_values("step")["value"].to_numpy()
+    if len(values) > 1:
+        before = values[min(len(values) - 2, int(0.9 * len(values)))]
+        ends.append({"folder": folder, "last": values[-1], "gain": values[-1] - before})
+if not ends:
+    loss = curves[curves["metric"] == "train/loss"].groupby("folder")["value"].last()
+    answer = f"Held-out accuracy was not watched twice; the last loss is {loss.mean():.2f}."
+else:
+    ends = as_frame(ends)
+    n_better = int((ends["gain"] > 0).sum())
+    answer = (
+        f"**Held-out pretext accuracy ended at {ends['last'].mean():.1f} % on average over "
+        f"{len(ends)} trainings (from {ends['last'].min():.1f} to {ends['last'].max():.1f}; chance "
+        f"{CHANCE} %), and {n_better} of them still improved at their end**, by "
+        f"{ends['gain'].mean():+.1f} points on average."
+    )
+print(answer)

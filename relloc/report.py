@@ -22,6 +22,7 @@ from relloc.reports.missing import FILL_CARD
 from relloc.reports.observations import FEWEST_POINTS, Observations, observations
 from relloc.reports.published import PUBLISHED_MODEL
 from relloc.reports.render import as_html, as_latex, as_markdown
+from relloc.reports.selection import select, split_words
 from relloc.reports.table import ROWS, Report, make_report
 from relloc.status import Status
 from relloc.sweeps.point_status import point_statuses_and_problems
@@ -50,11 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     try:
+        options.folders, options.filters = split_words(options.folders)
         sweeps = [word for word in options.folders if _names_sweep(word)]
         # A second sweep or folder beside the first is refused in `_report_sweep`
         if options.prediction:
             _report_prediction(sweeps, options)
             return 0
+        if sweeps and options.filters:
+            raise UsageError(
+                f"{sweeps[0]} has a table for each metric, and --metrics PATTERN selects some: "
+                f"{options.filters[0].field}=… is for reports of folders"
+            )
         has_card_model = _report_sweep(sweeps[0], options) if sweeps else _report_runs(options)
         _suggest_next(options, has_card_model=has_card_model)
     except UsageError as error:
@@ -98,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         nargs="*",
         help="run folders, sweep folders, or folders that hold some, by default runs/; "
-        f"or one sweep: {_SWEEP}NAME, {_SWEEP}FOLDER or NAME",
+        f"or one sweep: {_SWEEP}NAME, {_SWEEP}FOLDER or NAME; FIELD=VALUE[,VALUE] selects results "
+        "of folders by a field (eval=knn, dataset=photos) or a setting of the training "
+        "(grid.gap_px=0)",
     )
     words.add_argument(
         "--format",
@@ -142,7 +151,7 @@ def _report_runs(options: argparse.Namespace) -> bool:
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
         raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
-    measured = find_measured(_all_run_folders(options))
+    measured = select(find_measured(_all_run_folders(options)), options.filters)
     report = make_report(measured, options.rows)
     # CSV has the results alone
     if render is not as_csv:
@@ -178,7 +187,7 @@ def _report_prediction(sweeps: Sequence[str], options: argparse.Namespace) -> No
     else:
         of = ", ".join(options.folders) or str(runs_folder())
         folders = _all_run_folders(options)
-    observed = observations(find_measured(folders))
+    observed = observations(select(find_measured(folders), options.filters))
     # Imported here, as scipy.stats takes a while
     from relloc.reports.prediction import (
         as_prediction_csv,

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from relloc.reports.style import axis_label, ink_on, ordered_looks, save_as, style
 from relloc.reports.sweep import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
 from relloc.reports.table import MISSING
 from relloc.results import REFERENCE_MODELS
-from relloc.terminal import escaped
+from relloc.terminal import escaped, quantity
 
 # Titles and data frames as `mean_tables` yields them
 Tables = Sequence[tuple[str, Frame]]
@@ -36,16 +36,24 @@ def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
         means = our_lines(sweep, table)["mean"]
         if means.notna().any(axis=None):
             tables.append((title, table))
-    # A name with two $ in it is no formula
-    with matplotlib.rc_context({"text.parse_math": False}):
+    with style():
         draw = _maps if len(sweep.axes) > 1 else _curves
         figure = draw(sweep, tables)
         figure.suptitle(
             f"sweep {escaped(sweep.name)}: accuracy and mAP in percent, "
-            "of seeds mean and standard deviation",
-            fontsize=10,
+            f"mean and standard deviation of {_seeds(tables)}",
+            fontsize=9,
         )
-        figure.savefig(path, format=form, dpi=110)
+        save_as(figure, path, form)
+
+
+def _seeds(tables: Tables) -> str:
+    """Returns how many seeds means are of, such as "2 seeds" or "1 to 3 seeds"."""
+    counts = []
+    for _, table in tables:
+        counts += [int(count) for count in table["count"].to_numpy().flat if count > 0]
+    least, most = min(counts), max(counts)
+    return quantity(most, "seed") if least == most else f"{least} to {most} seeds"
 
 
 def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
@@ -74,8 +82,9 @@ def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
             heading = layer
             if controls:
                 heading += f" ({', '.join(controls)})"
-            axis.set_title(heading, fontsize=8)
-        axes[0].set_title(f"{title}\n", fontsize=10, loc="left")
+            axis.set_title(heading)
+        # The first panel's own title stands below that of the table
+        axes[0].set_title(f"{title}\n{axes[0].get_title(loc='left')}", loc="left")
     return figure
 
 
@@ -85,13 +94,10 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
     mean = ours["mean", layer].unstack(0)
     std = ours["std", layer].unstack(0)
     axis.set_facecolor("lightgray")  # shows where a mean is missing
-    image = axis.imshow(mean, cmap="Blues", origin="lower", aspect="auto")
+    image = axis.imshow(mean, origin="lower", aspect="auto")
+    axis.grid(visible=False)
     colorbar = axis.figure.colorbar(image, ax=axis)
     colorbar.ax.tick_params(labelsize=7)
-    # Above this the map is dark, and black numbers would be hard to read
-    lowest = mean.min(axis=None)
-    highest = mean.max(axis=None)
-    dark = lowest + 0.6 * (highest - lowest)
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
         text = f"{value:.1f}"
         spread = std.iloc[y, x]
@@ -100,7 +106,7 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
             text += f"\n± {spread:.1f}"
         if np.isnan(value):
             text = MISSING
-        color = "white" if value > dark else "black"
+        color = "black" if np.isnan(value) else ink_on(np.asarray(image.cmap(image.norm(value))))
         axis.text(
             x,
             y,
@@ -108,7 +114,7 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
             ha="center",
             va="center",
             color=color,
-            fontsize=8,
+            fontsize=7,
         )
     values = list(mean.columns)
     _ticks(axis, range(len(values)), values)
@@ -116,9 +122,17 @@ def _map(axis: Axes, ours: Frame, layer: str) -> None:
     names = []
     for key in mean.index:
         names.append(key if isinstance(key, str) else ", ".join(key))
-    axis.set_yticks(range(len(mean)), names, fontsize=8)
-    axis.set_xlabel(mean.columns.name, fontsize=8)
-    axis.set_ylabel(", ".join(mean.index.names), fontsize=8)
+    axis.set_yticks(range(len(mean)), names)
+    axis.set_xlabel(axis_label(str(mean.columns.name)))
+    axis.set_ylabel(", ".join(map(axis_label, mean.index.names)))
+
+
+def _value_label(title: str) -> str:
+    """Returns the label of the axis of values: the metric and its unit, as a title has them."""
+    # Such as "label_free/rankme on photos held_out, directions"; percent is not named
+    metric, _, images = title.partition(" on ")
+    _, _, unit = images.partition(", ")
+    return f"{metric} ({unit or '%'})"
 
 
 def _ticks(axis: Axes, positions: Sequence[float], values: Sequence[str]) -> None:
@@ -126,7 +140,7 @@ def _ticks(axis: Axes, positions: Sequence[float], values: Sequence[str]) -> Non
     slanted: dict[str, Any] = {}
     if max(map(len, values)) > 6:
         slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axis.set_xticks(positions, values, fontsize=8, **slanted)
+    axis.set_xticks(positions, values, **slanted)
 
 
 def _controls(table: Frame, layer: str) -> dict[str, float]:
@@ -152,18 +166,13 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
             positions = [float(value) for value in ours.index]
         else:
             positions = [float(number) for number in range(len(ours))]
-        for number, layer in enumerate(ours["mean"].columns):
-            color = f"C{number}"
+        layers = list(ours["mean"].columns)
+        for layer, look in zip(layers, ordered_looks(len(layers)), strict=True):
+            color = look["color"]
             mean = ours["mean", layer]
             # One seed has no standard deviation
             std = ours["std", layer].fillna(0)
-            axis.plot(
-                positions,
-                mean,
-                marker="o",
-                color=color,
-                label=layer,
-            )
+            axis.plot(positions, mean, label=layer, **look)
             axis.fill_between(
                 positions,
                 mean - std,
@@ -174,10 +183,10 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
             )
             for value in _controls(table, layer).values():
                 axis.axhline(value, linestyle=":", color=color)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
         _ticks(axis, positions, list(ours.index))
-        axis.set_xlabel(str(ours.index.name), fontsize=8)
-        axis.grid(alpha=0.3)
+        axis.set_xlabel(axis_label(str(ours.index.name)))
+        axis.set_ylabel(_value_label(title))
         # All layers have the same controls
         controls = [f"dotted: {name}" for name in _controls(table, layer)]
         axis.legend(
@@ -185,8 +194,5 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
             loc="upper center",
             bbox_to_anchor=(0.5, -0.15),
             ncols=3,
-            frameon=False,
-            fontsize=8,
-            title_fontsize=8,
         )
     return figure

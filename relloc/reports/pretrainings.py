@@ -38,18 +38,31 @@ def pretraining_of(record: RunRecord, checkpoint: str) -> Pretraining:
         record: The record of the run that has the result.
         checkpoint: The evaluated file.
     """
-    if is_training(record):
-        return _without_seed(record)
-    # A run's backbone lies in its folder, and its checkpoints one folder below
+    training = training_record(record, checkpoint)
     file = Path(checkpoint)
-    for folder in file.parents[:2]:
+    if training is None:
+        # The file of another project, or of a run that is gone
+        return Pretraining(name=file.parent.name if file.name == RUN_WEIGHTS else file.stem)
+    pretraining = _without_seed(training)
+    if is_training(record) or (file.parent / RUN_FILE).exists():
+        return pretraining
+    return dataclasses.replace(pretraining, name=f"{pretraining.name} {file.stem}")
+
+
+def training_record(record: RunRecord, checkpoint: str) -> RunRecord | None:
+    """Returns the record of the run that trained a checkpoint; None if no such run is found.
+
+    Args:
+        record: The record of the run that has a result of the checkpoint.
+        checkpoint: The evaluated file.
+    """
+    if is_training(record):
+        return record
+    # A run's backbone lies in its folder, and its checkpoints one folder below
+    for folder in Path(checkpoint).parents[:2]:
         if (folder / RUN_FILE).exists():
-            pretraining = _without_seed(RunRecord.read(folder))
-            if folder == file.parent:
-                return pretraining
-            return dataclasses.replace(pretraining, name=f"{pretraining.name} {file.stem}")
-    # The file of another project, or of a run that is gone
-    return Pretraining(name=file.parent.name if file.name == RUN_WEIGHTS else file.stem)
+            return RunRecord.read(folder)
+    return None
 
 
 def is_training(record: RunRecord) -> bool:

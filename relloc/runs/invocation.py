@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.unnamed import UNNAMED
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.engine import Engine
 from relloc.runs.refusing import HYDRA_FILES
@@ -74,10 +75,15 @@ class Invocation:
         devices = ["cpu"]
         if engine.device.type == "cuda":
             devices = [torch.cuda.get_device_name(engine.device)] * ranks.world_size()
+        data_name = self.settings["data"]["name"]
+        if data_name == UNNAMED:
+            # As in rows and data sets of the record, the name of the folder
+            unnamed = [splits.train.name for splits in data if splits.is_unnamed]
+            data_name = next(iter(unnamed), data_name)
         tags = {
             "relloc.kind": self.command,
             "relloc.run_dir": str(self.folder),
-            "relloc.data": self.settings["data"]["name"],
+            "relloc.data": data_name,
             "relloc.engine": str(engine),
             "relloc.config": identity_of(self.settings),
         }

@@ -1,227 +1,187 @@
-"""Notebooks are executed as notebooks, on results written here."""
+"""Notebooks are executed as notebooks, on a small set of runs that `record.py` recorded."""
 
-import itertools
+import re
+import tarfile
 from pathlib import Path
 
 import jupytext
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
-from relloc.results import Result, append_results
-from relloc.sweeps.points import Point
-from relloc.sweeps.sweep import Sweep
-from relloc.tracking import Journal, RunRecord
+from relloc.reports.published import CARD, card_parts, published_numbers
+from relloc.results import Result, append_results, read_results
+from relloc.tracking import RunRecord
 
-ANALYSIS = Path(__file__).parents[2] / "analysis"
-NOTEBOOKS = sorted(path for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
-TOLD = {
-    "accuracy_by_layer": ("31.0", "65.0"),  # random, feature1; pretrained, feature5
-    "label_free": ("RankMe", "1.0", "-1.0"),  # of a measure that goes with accuracy, or against it
-    "sweep": (
-        "10.08",
-        "0.71",
-        "(16, 7)",
-    ),  # how far settings and seeds lie apart, where the highest is
-    "training_curves": ("2.17", "31.0"),  # the last loss, the last accuracy
+HERE = Path(__file__).parent
+ANALYSIS = HERE.parents[1] / "analysis"
+NOTEBOOKS = sorted(path.stem for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
+RECORDED_RUNS = "/recorded/runs"
+# What each is asked of, and the figures that it saves
+SELECTED = {
+    "accuracy_by_layer": ("sweep=gaps grid.jitter_px=0", ["accuracy_by_layer"]),
+    "card": ("", ["card"]),
+    "gap_jitter": ("sweep=gaps eval=pretext,linear_fast,knn", ["gap_jitter", "gap_jitter_order"]),
+    "label_free": ("sweep=gaps", ["label_free"]),
+    "low_shot_curves": ("", ["low_shot_curves"]),
+    "neighbors_and_discovery": ("", ["neighbors_and_discovery"]),
+    "shortcuts": ("", ["shortcuts"]),
+    "sweep": ("", ["sweep"]),
+    "training_curves": ("sweep=gaps", ["training_curves"]),
 }
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> Path:
-    run_dir = tmp_path / "one"
-    run_dir.mkdir()
-    RunRecord(name="small gap21 s0", experiment="relloc").write(run_dir)
-    names = {
-        "dataset": "photos",
-        "split": "held_out",
-        "n": 100,
-        "seed": 0,
-        "protocol": "3.3",
-        "model": "small",
-    }
-    append_results(
-        run_dir,
-        [
-            Result(
-                eval=evaluation,
-                layer=f"feature{stage}",
-                metric=metric,
-                headline=True,
-                value=value + stage,
-                checkpoint=who,
-                **names,
-            )
-            for evaluation, metric in (("linear_fast", "top1"), ("knn", "top1_k20"))
-            for who, value in (("random", 30.0), ("/x/backbone.safetensors", 60.0))
-            for stage in range(1, 6)
-        ],
-    )
-    journal = Journal(run_dir)
-    for step in (10, 20, 30):
-        journal.log({"train/loss": 65.0 / step, "train/top1": 31.0}, step)
-    points = []
-    for gap, jitter, seed in itertools.product((0, 16), (0, 7), (0, 1)):
-        folder = tmp_path / f"gap{gap} jit{jitter} s{seed}"
-        folder.mkdir()
-        value = 40.0 + gap + jitter + seed
-        row = {
-            **names,
-            "eval": "knn",
-            "metric": "top1_k20",
-            "checkpoint": "/x/backbone.safetensors",
-            "seed": seed,
-        }
-        append_results(folder, [Result(layer="feature4", value=value, headline=True, **row)])
-        words = (f"grid.gap_px={gap}", f"grid.jitter_px={jitter}", f"seed={seed}")
-        points.append(
-            Point(
-                kind="train", name=folder.name, overrides=words, identity=folder.name, folder=folder
-            )
-        )
-    sweep = Sweep(tmp_path / "sweeps" / "grid")
-    with sweep.locked():
-        sweep.add(points, ["train.py"])
-    copies = tmp_path / "mlartifacts" / "relloc"  # MLflow keeps copies of results beside the runs
-    copies.mkdir(parents=True)
-    (copies / "results.jsonl").write_bytes((run_dir / "results.jsonl").read_bytes())
-    monkeypatch.setenv("RELLOC_RUNS", str(tmp_path))
-    return tmp_path
+    """The recorded runs, in the folder that RELLOC_RUNS names."""
+    folder = tmp_path / "runs"
+    with tarfile.open(HERE / "recorded.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    for file in folder.rglob("*.json*"):
+        file.write_text(file.read_text().replace(RECORDED_RUNS, str(folder)))
+    # MLflow keeps copies of results beside the runs, which are no runs
+    copies = folder / "mlartifacts"
+    copies.mkdir()
+    (copies / "results.jsonl").write_bytes((folder / "long" / "results.jsonl").read_bytes())
+    monkeypatch.setenv("RELLOC_RUNS", str(folder))
+    monkeypatch.delenv("RELLOC_MLFLOW", raising=False)
+    monkeypatch.delenv("RELLOC_SELECT", raising=False)
+    return folder
 
 
-def test_there_is_a_notebook_to_execute():
-    assert [path.stem for path in NOTEBOOKS] == [
-        "accuracy_by_layer",
-        "label_free",
-        "sweep",
-        "training_curves",
-    ]
-
-
-def measure_without_labels(runs: Path) -> None:
-    """Adds pretrainings whose RankMe goes with the accuracy of feature4 and against feature5's."""
-    names = {"dataset": "photos", "split": "held_out", "n": 100, "model": "small"}
-    for gap, seed in itertools.product(range(6), range(2)):
-        folder = runs / f"measured gap{gap} s{seed}"
-        folder.mkdir()
-        RunRecord(
-            name=f"gap{gap} s{seed}",
-            experiment="relloc",
-            tags={"relloc.kind": "train"},
-            params={"grid.gap_px": gap, "seed": seed},
-        ).write(folder)
-        value = 10.0 * gap + seed
-        shared = {**names, "seed": seed, "headline": True, "checkpoint": "x/backbone.safetensors"}
-        rows = [Result(eval="pretext", kind="pretext", metric="top1", value=50 + gap, **shared)]
-        for layer, accuracy in (("feature4", 30 + value), ("feature5", 90 - value)):
-            of_layer = {**shared, "layer": layer}
-            rows.append(Result(eval="knn", metric="top1_k20", value=accuracy, **of_layer))
-            rows.append(
-                Result(
-                    eval="label_free",
-                    table="Label-free measures",
-                    metric="rankme",
-                    variant="RankMe",
-                    unit="directions",
-                    higher_is_better=None,
-                    value=value,
-                    **of_layer,
-                )
-            )
-        append_results(folder, rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_draws(path, runs):
-    if path.stem == "label_free":
-        measure_without_labels(runs)
-    notebook = jupytext.read(path)
+def execute(name: str) -> str:
+    """Returns the sentence that a notebook ends with, once it has run and drawn."""
+    notebook = jupytext.read(ANALYSIS / f"{name}.py")
     NotebookClient(
         notebook,
-        timeout=120,
+        timeout=240,
         kernel_name="python3",
         resources={"metadata": {"path": str(ANALYSIS)}},
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    table = next(
-        output["data"]["text/plain"] for output in outputs if "text/html" in output.get("data", {})
-    )
-    for value in TOLD[path.stem]:
-        assert value in table
-    assert (runs / f"{path.stem}.png").stat().st_size > 10_000
-    if path.stem == "label_free":
-        # Neither sign of either measure stands at both layers
-        [answer] = [each["text"] for each in outputs if "direction" in each.get("text", "")]
-        assert answer.startswith("**No")
-        assert "2 measures" in answer
-        assert "6 settings" in answer
+    return outputs[-1]["text"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "checkpoint", "study"),
-    [
-        ("train", "/moved/away/backbone.safetensors", "gap32 gray"),
-        ("evaluate", "{runs}/pretrained/backbone.safetensors", "gap0 gray"),
-        ("evaluate", "{runs}/pretrained/checkpoints/epoch_30.pt", "gap0 gray epoch_30"),
-        ("evaluate", "/x/theirs/backbone.safetensors", "theirs"),
-        ("evaluate", "/x/relative-loc_resnet50.pth", "relative-loc_resnet50"),
-        ("evaluate", "random", "random"),
-    ],
-)
-def test_rows_belong_to_the_pretraining_of_their_weights(
-    tmp_path, monkeypatch, kind, checkpoint, study
-):
-    monkeypatch.syspath_prepend(str(ANALYSIS))
-    from load import load_results
+def rows_of(folder: Path, evaluation: str) -> list[Result]:
+    return [row for row in read_results(folder) if row.eval == evaluation]
 
-    told = {
-        "pretrained": ("gap0 s1 gray", 1, {}),
-        "it": ("gap32 s0 gray", 0, {"relloc.kind": kind}),
-    }
-    for folder, (name, seed, tags) in told.items():
-        (tmp_path / folder).mkdir()
-        RunRecord(name=name, experiment="relloc", tags=tags, params={"seed": seed}).write(
-            tmp_path / folder
-        )
+
+def mean(values) -> float:
+    return float(np.mean(list(values)))
+
+
+def gain_by_layer(runs: Path) -> dict[str, float]:
+    """The gain of networks without jitter over random ones, mean over two evaluations, by hand."""
+    by_layer = {}
+    for stage in range(1, 6):
+        gains = []
+        for evaluation in ("linear_fast", "knn"):
+            random = {}
+            for gap in (0, 4, 8):
+                ours = []
+                for seed in (0, 1):
+                    [folder] = runs.glob(f"train_gap_px_{gap}_jitter_px_0_seed_{seed}_*")
+                    for row in rows_of(folder, evaluation):
+                        if row.layer != f"feature{stage}" or not row.headline:
+                            continue
+                        if row.checkpoint == "random":
+                            random[seed] = row.value
+                        else:
+                            ours.append(row.value)
+                gains.append(mean(ours))
+            # Each random network was measured by one run, and copied to five others
+            gains[-3:] = [gain - mean(random.values()) for gain in gains[-3:]]
+        by_layer[f"feature{stage}"] = mean(gains)
+    return by_layer
+
+
+def numbers_of(name: str, runs: Path) -> list[str]:
+    """Phrases that the sentence is to have, with numbers computed here from the rows."""
+    if name == "accuracy_by_layer":
+        gains = gain_by_layer(runs)
+        best, worst = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
+        return [f"{best}: {gains[best]:+.1f} points", f"least at {worst}, {gains[worst]:+.1f}"]
+    if name == "low_shot_curves":
+        gains = []
+        rows = [
+            row for row in rows_of(runs / "low_shot", "voc07_low_shot") if row.metric == "map_k1"
+        ]
+        for row in rows:
+            sign = -1 if row.checkpoint == "random" else 1
+            gains.append(sign * row.value)
+        return [f"gains {sum(gains) / 4:+.1f} points", "with 4 it", "of 12 cells"]
+    if name == "training_curves":
+        last = [rows_of(folder, "pretext")[0].value for folder in runs.glob("train_*")]
+        assert len(last) == 12
+        # Monitors ask part of the held-out images, and another way: the number is near the row's
+        return ["12 trainings", "chance 12.5 %"]
+    return {
+        "card": ["0 of the 42", "voc07_svm"],
+        "gap_jitter": ["of 7 measures over 6 points", "gap 8, jitter 2 px", "gap 4, jitter 2 px"],
+        "label_free": ["none of 4 measures", "6 settings"],
+        "neighbors_and_discovery": ["pretrained weights", "random weights"],
+        "shortcuts": ["Of 13 shortcuts", "padding_noise"],
+        "sweep": ["of 18 metrics and layers", "feature4"],
+    }[name]
+
+
+def test_each_notebook_is_executed_here():
+    assert list(SELECTED) == NOTEBOOKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_draws_and_answers_its_question(name, runs, monkeypatch):
+    words, figures = SELECTED[name]
+    monkeypatch.setenv("RELLOC_SELECT", words)
+    answer = execute(name)
+    for phrase in numbers_of(name, runs):
+        assert phrase in answer
+    for figure in figures:
+        for form in ("png", "svg", "pdf"):
+            assert (runs / "figures" / f"{figure}.{form}").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["accuracy_by_layer", "training_curves", "gap_jitter"])
+def test_a_notebook_refuses_what_it_can_not_show_together(name, runs):
+    # Six points of a sweep, and one of them trained for longer
+    with pytest.raises(CellExecutionError, match=r"MixedRows.*schedule\.epochs"):
+        execute(name)
+
+
+@pytest.mark.slow
+def test_the_card_counts_numbers_inside_the_tolerance(runs):
+    [part] = [part for part in card_parts() if part.evaluation == "voc07_svm"]
+    [published] = [
+        number
+        for number in published_numbers()
+        if (number.row, number.table, number.column) == (CARD, part.table, "best layer")
+    ]
+    RunRecord(name="card", experiment="relloc", params={"seed": 0}).write(_made(runs / "card"))
     row = Result(
-        eval="knn",
-        layer="feature1",
-        metric="top1_k20",
-        value=1.0,
-        protocol="3.7",
-        model="small",
-        dataset="photos",
-        split="held_out",
-        n=100,
+        eval="voc07_svm",
+        dataset=part.dataset,
+        split=part.split,
+        n=part.images,
         seed=0,
-        checkpoint=checkpoint.format(runs=tmp_path),
+        checkpoint="/x/backbone.safetensors",
+        model="resnet50",
+        view=part.view,
+        layer="feature4",
+        table=part.table,
+        column="best layer",
+        metric="map_best",
+        headline=True,
+        value=published.value + 0.5 * published.tolerance,
     )
-    append_results(tmp_path / "it", [row])
-    assert list(load_results(tmp_path)["study"]) == [study]
+    append_results(runs / "card", [row])
+    answer = execute("card")
+    assert re.search(r"1 of the 42 .*: 1 of 1 lie inside .* 0 above and 0 below", answer)
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_study(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ANALYSIS))
-    from load import load_results
-
-    names = {
-        "dataset": "photos",
-        "split": "held_out",
-        "n": 100,
-        "model": "small",
-        "checkpoint": "/x/backbone.pt",
-    }
-    for seed, rate in ((0, 0.1), (1, 0.1), (2, 0.2)):
-        folder = tmp_path / f"run{seed}"
-        folder.mkdir()
-        params = {"seed": seed, "optimizer.lr": rate, "workers": seed}
-        told = {"name": f"gap0 s{seed} gray", "tags": {"relloc.kind": "train"}, "params": params}
-        RunRecord(experiment="relloc", **told).write(folder)
-        append_results(
-            folder,
-            [Result(eval="knn", layer="feature1", metric="top1", value=1.0, seed=seed, **names)],
-        )
-    found = load_results(tmp_path)
-    assert set(found["study"]) == {"gap0 gray"}
-    assert list(found["settings"] == found["settings"][0]) == [True, True, False]
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
