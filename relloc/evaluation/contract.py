@@ -154,6 +154,8 @@ class Evaluation(abc.ABC):
     labels: ClassVar[Labels]
     # To raise when the code computes something else, so that older results are measured again.
     version: ClassVar[int]
+    # To raise when batch norm is recalibrated otherwise: results as trained are still recognized.
+    calibration_version: ClassVar[int] = 0
     # All processes of the run call `run` together and divide the work.
     across_ranks: ClassVar[bool] = False
     # Each of `layers` is measured by itself, and can be finished and resumed by itself.
@@ -200,17 +202,18 @@ class Evaluation(abc.ABC):
 
     def calibration_batches(
         self, images: ImageSet, *, n_images: int, seed: int, config: EncodeConfig
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Any]:
         """Yields training images (b 3 h w) to recalibrate batch norm on, on the device.
 
         About `n_images` of `images` are drawn by the run's seed.
         """
         return calibration_batches(images, self.view, n_images=n_images, seed=seed, config=config)
 
-    def calibration_forward(self, backbone: Backbone) -> Callable[[torch.Tensor], Any]:
+    def calibration_forward(self, backbone: Backbone) -> Callable[[Any], Any]:
         """Returns a forward of the backbone by which its batch norm is recalibrated.
 
-        It passes all batch norms, on inputs such as the evaluation gives them.
+        It takes what `calibration_batches` yields and passes all batch norms, on inputs such as the
+        evaluation gives them.
         """
         return backbone.embed
 

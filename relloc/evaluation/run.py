@@ -144,6 +144,9 @@ def fingerprint(
             settings.calibration_images,
             settings.encode_config.batch,
         )
+        # Of most evaluations it is 0, which their results on disk were hashed without.
+        if evaluation.calibration_version:
+            calibration = (*calibration, evaluation.calibration_version)
     weights = (model.weights, model.model, batch_norm, calibration)
     if evaluation.wants_pretext and model.pretext:
         weights = (*weights, model.pretext.digest)

@@ -25,14 +25,15 @@ ONE_IMAGE = (
 @torch.no_grad()
 def recalibrate(
     backbone: nn.Module,
-    batches: Iterable[Tensor],
-    forward: Callable[[Tensor], Any] | None = None,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any] | None = None,
 ) -> int:
     """Replaces the running statistics of all batch norms by averages over `batches`.
 
     Each batch (b 3 h w) has the same weight, so all should have the same size. Weights are not
     changed, and the backbone is left in evaluation mode. A backbone without batch norm is left as
-    it is, and no batch is asked for. `forward` passes all batch norms; None for the embedding.
+    it is, and no batch is asked for. `forward` passes all batch norms; None for the embedding. It
+    may take other batches than tensors, whose length is their number of images.
 
     Returns:
         The number of images used.

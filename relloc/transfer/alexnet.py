@@ -106,11 +106,18 @@ def calibration_forward(backbone: Backbone) -> Callable[[Tensor], Any]:
         maps = backbone(images)
         pool5 = backbone.pool(maps["feature5"])
         _check_positions(images, pool5)
-        # Values of a window are in the order of fc6's weights: channels first.
-        windows = unfold(pool5, _CONV6_SIDE)
-        return backbone.fc6(windows.transpose(1, 2).flatten(0, 1))
+        return fc6_of_windows(backbone, pool5)
 
     return forward
+
+
+def fc6_of_windows(
+    backbone: AlexNetBackbone, maps: Float[Tensor, "n c h w"]
+) -> Float[Tensor, "windows _"]:
+    """Returns fc6, with its batch norm, of each window of maps that conv6 sees."""
+    # Values of a window are in the order of fc6's weights: channels first.
+    windows = unfold(maps, _CONV6_SIDE)
+    return backbone.fc6(windows.transpose(1, 2).flatten(0, 1))
 
 
 def _check_positions(images: Float[Tensor, "b 3 h w"], pool5: Float[Tensor, "b c h2 w2"]) -> None:

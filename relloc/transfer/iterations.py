@@ -193,7 +193,7 @@ class IterativeFineTuning(Evaluation):
 
     def calibration_batches(
         self, images: ImageSet, *, n_images: int, seed: int, config: EncodeConfig
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Any]:
         """Yields training samples as a forward of the training takes them, unlabeled.
 
         There are as many at once as in the largest forward of a single process, so that statistics
@@ -222,7 +222,11 @@ class IterativeFineTuning(Evaluation):
             if batch.samples:
                 # Groups have an effect on losses alone.
                 forward = ForwardSamples(samples=batch.samples, groups=batch.places)
-                yield self.batch_of(forward, config.device).images
+                yield self.calibration_input(self.batch_of(forward, config.device))
+
+    def calibration_input(self, batch: Any) -> Any:
+        """Returns what `calibration_forward` is given of what `batch_of` returned."""
+        return batch.images
 
     def check(self, splits: Splits) -> None:
         """Checks that there are images to train on, and that the batch fits the processes.

@@ -24,9 +24,14 @@ from relloc.evaluation.contract import Context
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.backbone import Backbone
 from relloc.results import Score
-from relloc.transfer.alexnet import FineTunedAlexNet, calibration_forward
+from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.detection.batch import pad_images
-from relloc.transfer.detection.fast_rcnn import FastRcnn, alexnet_fast_rcnn, staged_fast_rcnn
+from relloc.transfer.detection.fast_rcnn import (
+    FastRcnn,
+    alexnet_fast_rcnn,
+    region_calibration_forward,
+    staged_fast_rcnn,
+)
 from relloc.transfer.detection.given_proposals import (
     NO_MULTIPLE,
     MakeRegionSample,
@@ -113,6 +118,7 @@ class Voc07FastRcnn(DetectionFineTuning[VocImage]):
     """
 
     version = 1
+    calibration_version = 1  # 0: fc6 was recalibrated by its embedding
     setting: ClassVar = "eval.voc07_fast_rcnn"
     published: ClassVar = {
         "iterations": _PUBLISHED_ITERATIONS,
@@ -203,8 +209,11 @@ class Voc07FastRcnn(DetectionFineTuning[VocImage]):
             rescale_for_fine_tuning(classifier, self.rescaling_view, context)
         return alexnet_fast_rcnn(classifier, **settings)
 
-    def calibration_forward(self, backbone: Backbone) -> Callable[[Tensor], Any]:
-        return calibration_forward(backbone)
+    def calibration_input(self, batch: RegionBatch) -> RegionBatch:
+        return batch
+
+    def calibration_forward(self, backbone: Backbone) -> Callable[[RegionBatch], Any]:
+        return region_calibration_forward(backbone)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         first_stage = _fast_rcnn(network).first_stage

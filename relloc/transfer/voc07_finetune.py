@@ -141,6 +141,7 @@ class Voc07Finetune(IterativeFineTuning):
     labels = "presence"
     one_size = True
     version = 2  # 1: dropout was drawn by forward
+    calibration_version = 1  # 0: fc6 was recalibrated by its embedding
     setting: ClassVar = "eval.voc07_finetune"
     published: ClassVar = {
         "iterations": _PUBLISHED_ITERATIONS,

@@ -427,7 +427,7 @@ def test_calibration_sees_the_views_of_training_images_as_the_evaluation_does(
 
 
 def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothing_else(
-    model: EvaluatedModel, splits: Splits
+    model: EvaluatedModel, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluation, other = EVALUATIONS.values()
     usual = fingerprint(evaluation, model, splits, settings(), "as_trained")
@@ -470,6 +470,10 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
         evaluation, model, splits, settings(calibration_images=2, batch=4), "as_trained"
     )
     assert usual == same  # they decide recalibrated statistics alone
+    before = fingerprint(evaluation, model, splits, settings(), "recalibrated")
+    monkeypatch.setattr(type(evaluation), "calibration_version", 1)
+    assert fingerprint(evaluation, model, splits, settings(), "recalibrated") != before
+    assert fingerprint(evaluation, model, splits, settings(), "as_trained") == usual
     moved = dataclasses.replace(model, checkpoint="/elsewhere/backbone.safetensors")
     assert usual == fingerprint(evaluation, moved, splits, settings(), "as_trained")
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_transfer_coco_mask_rcnn_fpn_1x as coco
 import test_transfer_segmentation_evaluations as segmentation
 import test_transfer_semisup as semi
+import test_transfer_voc07_fast_rcnn as fast_rcnn
 import test_transfer_voc07_finetune as classification
 import test_transfer_voc0712_detection as detection
 
@@ -75,6 +76,7 @@ def cases(folder: Path, batch_norm: str | Sequence[str]) -> dict[str, tuple[Any,
     return {
         "detection": (detection.evaluation(**little), detection.given(folder)),
         "coco": (coco.evaluation(**little), coco.given(folder)),
+        "fast_rcnn": (fast_rcnn.evaluation(**little, milestones=[1]), fast_rcnn.given(folder)),
         "segmentation": (segmentation.evaluation(**little), segmentation.given()),
         "classification": (
             classification.evaluation(**little, trained="fc6-8"),
@@ -89,7 +91,7 @@ def cases(folder: Path, batch_norm: str | Sequence[str]) -> dict[str, tuple[Any,
     }
 
 
-NAMES = ("detection", "coco", "segmentation", "classification", "semisup")
+NAMES = ("detection", "coco", "fast_rcnn", "segmentation", "classification", "semisup")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +110,8 @@ def test_both_are_named_rows(name: str, tmp_path: Path) -> None:
     assert rows_of(plain, where, tmp_path, "recalibrated") == first
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "semisup"])
+# The batches of these two are no tensors of images, or come from elsewhere.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("semisup", "fast_rcnn")])
 def test_the_backbone_has_the_statistics_of_training_samples(
     monkeypatch: pytest.MonkeyPatch, name: str, tmp_path: Path
 ) -> None:

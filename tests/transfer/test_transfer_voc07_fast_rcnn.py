@@ -19,13 +19,14 @@ from relloc.data.voc_objects import voc_detection
 from relloc.data.voc_proposals import voc_with_proposals
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
+from relloc.features.batch_norm import recalibrate
 from relloc.features.source import EncodeConfig
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.results import Score
 from relloc.runs.resolvers import scaled_whole
 from relloc.transfer.alexnet import FineTunedAlexNet
-from relloc.transfer.detection.fast_rcnn import FastRcnn
+from relloc.transfer.detection.fast_rcnn import FastRcnn, pool_regions
 from relloc.transfer.metrics.voc_ap import MMDET, average_precision, voc_image
 from relloc.transfer.rescaled_alexnet import rescale_for_fine_tuning
 from relloc.transfer.resize import FittedImage
@@ -175,6 +176,36 @@ def test_the_first_stage_stays_with_its_batch_norm_while_others_learn(tmp_path: 
     assert not torch.equal(
         saved.state["network"]["trunk.1.bn1.running_mean"], before["trunk.1.bn1.running_mean"]
     )
+
+
+@torch.no_grad()
+def test_recalibrated_outputs_of_conv6_have_mean_0_and_deviation_1_in_regions(
+    tmp_path: Path,
+) -> None:
+    one = evaluation(rescale=False, augment=FittedImage(box=[256, 128]))
+    backbone = alexnet()
+    where = given(tmp_path, backbone=backbone)
+    images = where.splits.train
+    (batch,) = one.calibration_batches(images, n_images=4, seed=0, config=READING)
+    assert recalibrate(backbone, [batch], one.calibration_forward(backbone)) == 4
+    network = one.make_network(where).eval()
+    assert isinstance(network, FastRcnn)
+    cells = pool_regions(
+        network.trunk(batch.images),
+        batch.regions.boxes,
+        batch.regions.images,
+        side=network.side,
+        stride=network.stride,
+    )
+    outputs = network.head[0](cells).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs.mean(dim=1), torch.zeros(4096), rtol=0, atol=0.05)
+    torch.testing.assert_close(outputs.std(dim=1), torch.ones(4096), rtol=0, atol=0.05)
+    # Other networks embed the images.
+    other, twin = small_backbone(), small_backbone()
+    recalibrate(other, [batch], one.calibration_forward(other))
+    recalibrate(twin, [batch.images])
+    for name, value in twin.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 @pytest.mark.slow

@@ -4,16 +4,18 @@ Constants are those of the project fast-rcnn with its CaffeNet (docs/protocols.m
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
+from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.backbone import Backbone
 from relloc.seeds import Use, seed_for
-from relloc.transfer.alexnet import FineTunedAlexNet
+from relloc.transfer.alexnet import FineTunedAlexNet, fc6_of_windows
 from relloc.transfer.detection.align import pool_regions
 from relloc.transfer.detection.box_head import (
     BoxPredictor,
@@ -203,6 +205,29 @@ def alexnet_fast_rcnn(
         stds=stds,
         seed=seed,
     )
+
+
+def region_calibration_forward(backbone: Backbone) -> Callable[[RegionBatch], Any]:
+    """Returns a forward by which batch norm of a backbone is recalibrated for `FastRcnn`.
+
+    The batch norm of the AlexNet-like network's fc6 is folded into conv6, which sees the cells of
+    regions: they are maxima, with other statistics than windows of a whole image. Other networks
+    embed the images.
+    """
+    if not isinstance(backbone, AlexNetBackbone):
+        return lambda batch: backbone.embed(batch.images)
+    stages = nn.Sequential(*backbone.stages().values())
+    stride = stride_of(stages)
+
+    def forward(batch: RegionBatch) -> Float[Tensor, "windows _"]:
+        regions = batch.regions
+        features = stages(batch.images)
+        cells = pool_regions(
+            features, regions.boxes, regions.images, side=_ALEXNET_SIDE, stride=stride
+        )
+        return fc6_of_windows(backbone, cells)
+
+    return forward
 
 
 def staged_fast_rcnn(

@@ -175,6 +175,10 @@ class RegionBatch:
     groups: Sequence[int]
     seeds: Int[Tensor, "n"]
 
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.images)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MakeRegionSample:
