@@ -196,7 +196,7 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
     layers = [layer for layer in _HEADS if layer in measured_layers]
     is_narrow = width < _NARROW
     table = Table(
-        title="on images held out of the evaluation's training; % unless a unit is named",
+        title=f"{_images_in_words(headlines)}; % unless a unit is named",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -219,6 +219,17 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
             if not is_narrow:
                 evaluation = ""
     return table
+
+
+def _images_in_words(rows: Sequence[Result]) -> str:
+    """Returns which images the numbers of a table are of; studies may look at training images."""
+    of_training = [row.eval for row in rows if row.split == "train"]
+    if not of_training:
+        return "on images held out of the evaluation's training"
+    if len(of_training) == len(rows):
+        return "on training images"
+    names = ", ".join(dict.fromkeys(of_training))
+    return f"on held-out images, {escaped(names)} on training images"
 
 
 def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], dict[str, str]]]:

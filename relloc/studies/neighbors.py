@@ -88,7 +88,7 @@ class Neighbors(Evaluation):
 
     kind = "study"
     labels = "none"
-    version = 1
+    version = 2
     setting: ClassVar[str] = "study.neighbors"
 
     layers: Sequence[str]
@@ -198,6 +198,9 @@ class Neighbors(Evaluation):
                 chances = chances_of_class(
                     labels[queries.images], excluded, own_rows, labels[collection.images], groups
                 )
+                # Where each source is a class of its own, no neighbor can be of the query's.
+                if not chances.any():
+                    chances = None
             scores = list(self._scores(layer, images, queries, collection, found, means, chances))
             context.print_line(_finding(layer, scores))
             yield from scores
@@ -334,7 +337,7 @@ class Neighbors(Evaluation):
         """Yields correlations and, where images have a class, how many neighbors share it.
 
         `means` are the correlations of queries with all patches, `chances` the shares of their
-        classes.
+        classes; None where images have none, or no other patch can share it.
         """
         exists = found.rows != NONE
         correlation = Score(
@@ -347,7 +350,7 @@ class Neighbors(Evaluation):
             unit="correlation",
             # Correlations of different networks or layers have different scales.
             higher_is_better=None,
-            headline=not images.labels,
+            headline=chances is None,
             value=float(found.similarities[:, 0].mean()),
             n=len(queries),
             on_train=self.split == "train",

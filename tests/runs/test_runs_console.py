@@ -1,5 +1,6 @@
 """Tests the table of results at any width, and names with markup or control characters."""
 
+import dataclasses
 import io
 
 import pytest
@@ -150,3 +151,14 @@ def test_the_next_command_is_typed_as_it_is_shown(
     monkeypatch.setenv("RELLOC_SWEEP", "s")
     console.print_next("evaluate", checkpoint="a")
     assert capsys.readouterr().out == ""
+
+
+def test_the_title_names_what_was_measured_on_training_images(shown) -> None:
+    held_out = row("knn", "avgpool", "random")
+    of_training = dataclasses.replace(held_out, eval="neighbors", split="train")
+    assert "training images" not in shown(200, [held_out])
+    mixed = shown(200, [held_out, of_training, of_training])
+    assert mixed.count("neighbors on training images") == 1
+    alone = shown(200, [of_training])
+    assert "on training images" in alone
+    assert "held out" not in alone
