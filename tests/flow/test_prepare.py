@@ -114,7 +114,7 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(
 
     settings = Packing(short_px=200, quality=90, subsampling="4:2:0", images_per_shard=6)
     undisturbed = folder(name="mine", root=str(root), held_out_share=0.05)
-    pack(undisturbed, tmp_path / "straight", settings, published=None, workers=1, progress=unseen)
+    pack(undisturbed, tmp_path / "straight", settings, workers=1, progress=unseen)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "straight")
     assert sorted(os.listdir(tmp_path)) == ["originals", "out", "straight"]  # no run folder
 

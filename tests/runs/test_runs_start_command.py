@@ -202,7 +202,7 @@ def test_a_flag_may_stand_behind_settings(
         ("eval=none", "eval=[]"),
         ("eval=null", "eval=[]"),
         ("eval.linear.epochs=2", "belongs to eval=linear\n"),
-        ("data.source.year=2012", "belongs to data=voc2007\n"),
+        ("data.source.year=2012", "belongs to data=voc2007, data=voc2007_proposals\n"),
         ("sweep=gaps", "-m"),
         ("+recipe.epoch=2", "Did you mean recipe.epochs?"),
         ("+foo=1", "no setting foo"),
