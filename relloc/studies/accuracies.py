@@ -1,8 +1,6 @@
 """Shares of right answers with intervals that are clustered by image: rows, tables and pictures."""
 
-import csv
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +8,11 @@ import numpy as np
 from jaxtyping import Bool, Int64, Shaped
 from matplotlib.figure import Figure
 
-from relloc.files import write_whole, writing
+from relloc.files import writing
 from relloc.geometry import CHANCE_PERCENT
 from relloc.pretext.held_out import clustered_ratio
 from relloc.results import Score
+from relloc.studies.csv_tables import write_table
 
 # A picture of more lines could not be read.
 _MOST_LINES = 40
@@ -100,16 +99,6 @@ def write_shares(shares: Sequence[Share], path: Path, *, of: str) -> None:
         numbers = [round(value, 3) for value in (share.percent, share.low, share.high)]
         lines.append([share.name, *numbers, share.pairs, share.images])
     write_table(header, lines, path)
-
-
-def write_table(header: Sequence[str], lines: Sequence[Sequence[object]], path: Path) -> None:
-    """Writes a CSV file, which replaces an earlier one as a whole."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
-    # Names of files may have bytes that are no UTF-8.
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def draw_shares(shares: Sequence[Share], path: Path, *, title: str) -> None:

@@ -3,10 +3,8 @@
 Files that are there already are replaced as a whole.
 """
 
-import csv
 import dataclasses
-import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ from PIL import Image, ImageDraw
 from relloc.data.image_set import ImageSet
 from relloc.data.samples import read_samples
 from relloc.features.source import EncodeConfig, SeededIndex
-from relloc.files import path_as_text, write_whole, writing
-from relloc.reports.as_csv import as_text
+from relloc.files import path_as_text, writing
 from relloc.studies.contact_sheet import Tile, save_contact_sheets
+from relloc.studies.csv_tables import write_table
 from relloc.studies.purity_coverage import PurityCoverage
 
 CLUSTERS = "clusters.csv"
@@ -97,7 +95,7 @@ def write_clusters(
         *("rank", "constellation", "source", "image", "left", "top", "side_px"),
         *("verified", "searched", "mean_score", "selected", "most_frequent_class"),
     )
-    _write_csv(folder / CLUSTERS, header, lines())
+    write_table(header, lines(), folder / CLUSTERS)
 
 
 def write_cluster_images(selected: Sequence[Cluster], images: ImageSet, folder: Path) -> None:
@@ -114,7 +112,7 @@ def write_cluster_images(selected: Sequence[Cluster], images: ImageSet, folder: 
     header = ["selected", "place", "source", "image", "score"]
     for patch in ("upper_left", "upper_right", "lower_left", "lower_right"):
         header += [f"{patch}_{corner}" for corner in ("x1", "y1", "x2", "y2")]
-    _write_csv(folder / CLUSTER_IMAGES, header, lines())
+    write_table(header, lines(), folder / CLUSTER_IMAGES)
 
 
 def write_curve(curve: PurityCoverage, shuffled: Sequence[PurityCoverage], folder: Path) -> None:
@@ -128,18 +126,7 @@ def write_curve(curve: PurityCoverage, shuffled: Sequence[PurityCoverage], folde
                 yield name, count, number + 1, f"{of_set:.4f}", f"{coverage:.6f}", f"{purity:.6f}"
 
     header = ("labels", "sets", "selected", "purity_of_set", "coverage", "mean_purity")
-    _write_csv(folder / CURVE, header, lines())
-
-
-def _write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for line in lines:
-        # Names of images may look like formulas to a spreadsheet.
-        writer.writerow([as_text(value) for value in line])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode())
+    write_table(header, lines(), folder / CURVE)
 
 
 def draw_curve(

@@ -4,12 +4,9 @@ The paper shows such patches beside those of other weights (docs/protocols.md 3.
 patches, their sizes and which images they come from are relloc's choice.
 """
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,11 +21,11 @@ from relloc.data.views import check_view
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.nearest import chunks_on_device
-from relloc.files import path_as_text, write_whole
-from relloc.reports.as_csv import as_text
+from relloc.files import path_as_text
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.studies.contact_sheet import Tile, read_patches, save_contact_sheets
+from relloc.studies.csv_tables import write_table
 from relloc.studies.patch_search import NONE, NearestPatches, nearest_patches, source_groups
 from relloc.studies.patch_sets import (
     EMBEDDING,
@@ -205,7 +202,8 @@ class Neighbors(Evaluation):
             context.print_line(_finding(layer, scores))
             yield from scores
         if lines:
-            _write_table(context.folder / _TABLE_FILE, lines)
+            values = [tuple(line.values()) for line in lines]
+            write_table(list(lines[0]), values, context.folder / _TABLE_FILE)
 
     def _collection(self, images: ImageSet, context: Context) -> PatchSet:
         indices = evenly_spaced(len(images), self.n_images)
@@ -590,14 +588,3 @@ def _columns(prefix: str, images: ImageSet, patches: PatchSet, number: int) -> d
     if images.labels:
         columns[f"{prefix}class"] = images.classes[images.labels[index]]
     return columns
-
-
-def _write_table(path: Path, lines: Sequence[Mapping[str, object]]) -> None:
-    """Writes the lines as CSV, whose columns are those of the first line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        # Names of images may look like formulas to a spreadsheet.
-        writer.writerow({name: as_text(value) for name, value in line.items()})
-    write_whole(path, text.getvalue().encode())

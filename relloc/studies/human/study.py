@@ -15,8 +15,9 @@ from relloc.patches.pipeline import Color
 from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.relative_location import POSITIONS
 from relloc.results import Score
-from relloc.studies.accuracies import Share, write_table
+from relloc.studies.accuracies import Share
 from relloc.studies.asking import check_grid, grid_to_ask
+from relloc.studies.csv_tables import write_table
 from relloc.studies.human.comparison import Replies, compare, network_replies, replies_of
 from relloc.studies.human.questions import Question, make_questions, network_answers
 from relloc.studies.human.server import PageTexts, serving, wait_until_over

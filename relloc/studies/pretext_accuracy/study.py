@@ -22,8 +22,9 @@ from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.held_out import clustered_ratio, confusion
 from relloc.pretext.relative_location import N_PAIRS, POSITIONS
 from relloc.results import Score
-from relloc.studies.accuracies import Share, draw_shares, share_of, write_shares, write_table
+from relloc.studies.accuracies import Share, draw_shares, share_of, write_shares
 from relloc.studies.asking import Answers, ask, check_grid, grid_to_ask
+from relloc.studies.csv_tables import write_table
 from relloc.studies.pretext_accuracy.boxes import PairPlaces, classes_with_pairs, places_of_pairs
 from relloc.studies.pretext_accuracy.pictures import draw_reliability
 from relloc.studies.pretext_accuracy.reliability import Reliability, reliability
