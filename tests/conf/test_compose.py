@@ -96,7 +96,7 @@ def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     if choice == "experiment=card2022":
         named = {"linear_in1k", "knn_in1k"}
     if choice.startswith("experiment=gap_jitter"):
-        named = {"linear_fast", "knn", "voc07_low_shot"}
+        named = {"linear_fast", "knn", "voc07_low_shot", "shortcuts"}
     assert {one.name for one in settings.evaluations} == named
 
 
