@@ -24,6 +24,7 @@ from relloc.patches.color import Drop, Gray, Keep, Project
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.results import Score
+from relloc.studies.shortcuts import verdicts
 from relloc.studies.shortcuts.study import Shortcuts
 
 PATCH_PX, PITCH_PX = 24, 29
@@ -197,8 +198,14 @@ def _edge(side: int) -> slice:
     ],
 )
 def test_the_audits_find_out_what_a_network_answers_by(
-    network: Callable[[], nn.Module], shortcuts: set[str], splits: Splits, tmp_path: Path
+    network: Callable[[], nn.Module],
+    shortcuts: set[str],
+    splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Each of them knows one shortcut and nothing about photographs, so none would be judged.
+    monkeypatch.setattr(verdicts, "knows_photographs", lambda _findings: True)
     scores = measured(study(), splits, tmp_path, pretext=asked(network()))
     guilty = guilty_of(scores)
     if network is AtRandom:
@@ -212,6 +219,33 @@ def test_the_audits_find_out_what_a_network_answers_by(
         assert scores["top1_noise_lens_0.03_none", ""].value > 90
     if network is ByContinuity:
         assert (scores["effect_continuity", ""].low or 0) > 0
+
+
+def test_nothing_is_told_of_a_network_at_chance(splits: Splits, tmp_path: Path) -> None:
+    scores = measured(study(), splits, tmp_path, pretext=asked(ByBlackBorder()))
+    assert is_at_chance(scores["top1_photographs", ""])
+    assert scores["top1_noise_black_border", ""].value > 30
+    for shortcut in ABOUT_ANSWERS:
+        assert words(scores, shortcut) == f"{verdicts.CANNOT_TELL}: {verdicts.AT_CHANCE}"
+    assert verdicts.AT_CHANCE in (tmp_path / "verdicts.md").read_text()
+
+
+def test_rows_of_effects_are_named_alike_for_all_networks(tmp_path: Path) -> None:
+    evaluation = study(colors={"none": Keep()}, noise_images=8)
+    rows = []
+    for layer in ("feature1", "feature2"):
+        scores = measured(
+            dataclasses.replace(evaluation, layers=[layer]),
+            made_splits(noise(60)),
+            tmp_path,
+            backbone=WithoutPadding().eval(),
+        )
+        for shortcut in ("position_none", "padding_photographs", "padding_noise"):
+            score = scores[f"effect_{shortcut}", ""]
+            assert score.choice.startswith(layer)
+            rows.append((layer, score.metric, score.table, score.column, score.variant))
+    half = len(rows) // 2
+    assert [row[1:] for row in rows[:half]] == [row[1:] for row in rows[half:]]
 
 
 def is_at_chance(score: Score) -> bool:
@@ -371,9 +405,9 @@ def test_batches_and_workers_change_nothing_and_files_hold_all(
     with (tmp_path / "shortcuts.csv").open() as file:
         rows = {(row["metric"], row["layer"]): float(row["value"]) for row in csv.DictReader(file)}
     assert rows == {key: score.value for key, score in second.items()}
-    verdicts = (tmp_path / "verdicts.md").read_text().splitlines()
+    lines = (tmp_path / "verdicts.md").read_text().splitlines()
     headlines = [score for score in second.values() if score.headline]
-    assert len(verdicts) == 2 + len(headlines) == 2 + 4 + 2 + len(ABOUT_ANSWERS)
+    assert len(lines) == 2 + len(headlines) == 2 + 4 + 2 + len(ABOUT_ANSWERS)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from relloc.studies.shortcuts.ridge import RidgeSums, fit, fit_best, mean_square
 from relloc.studies.shortcuts.verdicts import (
     CANNOT_TELL,
     DOES_NOT,
+    FIT_FAILED,
     HOLDS,
     HOLDS_NOT,
+    NEGATIVE,
     USES,
     USES_WRONGLY,
     judge,
@@ -209,14 +211,22 @@ def effect(value: float, half_width: float) -> Estimate:
 
 
 def test_verdicts_follow_from_intervals() -> None:
-    assert judge(effect(2.0, 0.5), 1.0, verdicts=7) == USES
-    assert judge(effect(-2.0, 0.5), 1.0, verdicts=7) == USES_WRONGLY
-    assert judge(effect(-2.0, 0.5), 1.0, verdicts=7, only_above=True) == DOES_NOT
-    assert judge(effect(0.3, 0.5), 1.0, verdicts=7) == DOES_NOT
-    assert judge(effect(0.3, 0.8), 1.0, verdicts=7) == CANNOT_TELL
+    assert judge(effect(2.0, 0.5), 1.0, verdicts=7) == (USES, "")
+    assert judge(effect(-2.0, 0.5), 1.0, verdicts=7) == (USES_WRONGLY, "")
+    assert judge(effect(0.3, 0.5), 1.0, verdicts=7) == (DOES_NOT, "")
+    assert judge(effect(0.3, 0.8), 1.0, verdicts=7) == (CANNOT_TELL, "")
     # Of one verdict an interval just above 0 is enough; of many it is not.
-    assert judge(effect(1.1, 1.0), 1.0, verdicts=1) == USES
-    assert judge(effect(1.1, 1.0), 1.0, verdicts=7) == CANNOT_TELL
-    assert judge(effect(9.0, float("inf")), 1.0, verdicts=7) == CANNOT_TELL
-    assert judge_features(effect(30.0, 5.0), 1.0, verdicts=7) == HOLDS
-    assert judge_features(effect(-30.0, 5.0), 1.0, verdicts=7) == HOLDS_NOT
+    assert judge(effect(1.1, 1.0), 1.0, verdicts=1) == (USES, "")
+    assert judge(effect(1.1, 1.0), 1.0, verdicts=7) == (CANNOT_TELL, "")
+    assert judge(effect(9.0, float("inf")), 1.0, verdicts=7) == (CANNOT_TELL, "")
+    assert judge_features(effect(30.0, 5.0), 1.0, verdicts=7) == (HOLDS, "")
+    assert judge_features(effect(-0.3, 0.5), 1.0, verdicts=7) == (HOLDS_NOT, "")
+
+
+def test_effects_below_zero_do_not_clear_where_only_those_above_tell() -> None:
+    below = effect(-2.0, 0.5)
+    assert judge(below, 1.0, verdicts=7, only_above=True) == (CANNOT_TELL, NEGATIVE)
+    assert judge_features(below, 1.0, verdicts=7) == (CANNOT_TELL, FIT_FAILED)
+    # More images may tell where the interval reaches what is negligible.
+    assert judge(effect(-2.0, 1.5), 1.0, verdicts=7, only_above=True) == (CANNOT_TELL, "")
+    assert judge_features(effect(-2.0, 1.5), 1.0, verdicts=7) == (CANNOT_TELL, "")

@@ -264,7 +264,7 @@ def _write_verdicts(axis: Axes, verdicts: Sequence[Verdict]) -> None:
     axis.set_axis_off()
     lines = []
     for verdict in verdicts:
-        name = textwrap.shorten(verdict.title, _CHARACTERS_OF_VERDICTS, placeholder="…")
+        name = textwrap.shorten(verdict.full_title, _CHARACTERS_OF_VERDICTS, placeholder="…")
         lines.append((name, verdict.verdict_text, verdict.number_text))
     step = 1 / max(1, len(lines))
     for number, (name, words, text) in enumerate(lines):

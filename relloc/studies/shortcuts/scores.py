@@ -174,8 +174,9 @@ def _of_verdict(verdict: Verdict) -> Score:
         unit=verdict.unit,
         table=_EFFECTS,
         column="effect",
+        # The layer stands in `choice` alone: networks have their best at different ones, and their
+        # effects are to be compared.
         variant=verdict.title,
-        layer=verdict.layer,
         details=(f"verdict: {verdict.verdict_text}", verdict.meaning),
     )
-    return dataclasses.replace(score, headline=True)
+    return dataclasses.replace(score, headline=True, choice=verdict.choice)

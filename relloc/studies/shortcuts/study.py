@@ -54,7 +54,7 @@ class Shortcuts(Evaluation):
 
     kind = "study"
     labels = "none"
-    version = 1
+    version = 2  # 2: rows of effects have no layer, and verdicts follow other rules
     wants_pretext = True
 
     layers: Sequence[str]

@@ -11,7 +11,7 @@ from relloc.studies.shortcuts.verdicts import Verdict
 
 _COLUMNS = (
     *("metric", "layer", "table", "column", "variant", "value", "low", "high", "unit", "n"),
-    "details",
+    *("choice", "details"),
 )
 
 
@@ -32,7 +32,7 @@ def _markdown(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         effect = verdict.effect
         cells = (
-            verdict.title,
+            verdict.full_title,
             verdict.verdict_text,
             verdict.number_text,
             str(effect.n),

@@ -11,7 +11,7 @@ from relloc.studies.shortcuts.estimates import (
     difference_estimate,
     explained_percent,
 )
-from relloc.studies.shortcuts.findings import Findings
+from relloc.studies.shortcuts.findings import PHOTOGRAPHS, Findings
 from relloc.studies.shortcuts.position import Errors
 from relloc.studies.shortcuts.questions import Strengths, contrasts
 from relloc.terminal import quantity
@@ -23,6 +23,10 @@ DOES_NOT = "does not use it"
 HOLDS = "has it"
 HOLDS_NOT = "does not have it"
 CANNOT_TELL = "can't be told"
+# Why nothing can be told, where more images would not help
+FIT_FAILED = "the fit failed"
+NEGATIVE = "the effect is negative"
+AT_CHANCE = "the network is at chance on photographs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +34,15 @@ class Verdict:
     """Whether a network uses a shortcut, and the number that says so.
 
     Attributes:
-        shortcut: its name, for metrics. title: in words.
+        shortcut: its name, for metrics.
+        title: in words, the same for all networks.
         effect: the number; 0 where the shortcut is not used.
         unit: of the number.
         meaning: what the number is, in words.
         layer: the layer that it was measured at, or "".
-        words: one of the constants of this module.
+        choice: how this layer was chosen, or "".
+        words: what was found, such as `USES`; one of the constants of this module.
+        reason: why nothing can be told, such as `AT_CHANCE`, or "" if the images are too few.
     """
 
     shortcut: str
@@ -44,18 +51,27 @@ class Verdict:
     unit: str
     meaning: str
     layer: str = ""
+    choice: str = ""
     words: str = CANNOT_TELL
+    reason: str = ""
+
+    @property
+    def full_title(self) -> str:
+        """The title with the layer, which was chosen for this network."""
+        return f"{self.title}, {self.layer}" if self.layer else self.title
 
     @property
     def sentence(self) -> str:
         """The verdict as a line for people."""
-        return f"{self.title}: {self.verdict_text} ({self.number_text})"
+        return f"{self.full_title}: {self.verdict_text} ({self.number_text})"
 
     @property
     def verdict_text(self) -> str:
-        """The words, and of how many images nothing could be told."""
+        """The words, and why or of how many images nothing could be told."""
         if self.words != CANNOT_TELL:
             return self.words
+        if self.reason:
+            return f"{self.words}: {self.reason}"
         text = f"{self.words} with {quantity(self.effect.n, 'image')}"
         if self.effect.sources < self.effect.n:
             text += f" of {quantity(self.effect.sources, 'source')}"
@@ -71,40 +87,51 @@ class Verdict:
         return f"{text}; {self.meaning}"
 
 
-def judge(effect: Estimate, negligible: float, *, verdicts: int, only_above: bool = False) -> str:
-    """Returns whether a shortcut is used: its effect is 0 for a network that does not.
+def judge(
+    effect: Estimate, negligible: float, *, verdicts: int, only_above: bool = False
+) -> tuple[str, str]:
+    """Returns whether a shortcut is used, and why nothing can be told, or "".
 
-    A shortcut is used if an interval leaves out 0 that is widened for the number of verdicts, so
-    that a network that uses none is accused of any in one of twenty studies at most. It is not used
-    if the 95 % interval lies within `negligible` of 0. Otherwise the images are too few to tell.
-    A network that reacts to a shortcut, but is wrong by it more often than not, has an effect
-    below 0.
+    The effect is 0 for a network that does not use it. A shortcut is used if an interval leaves out
+    0 that is widened for the number of verdicts, so that a network that uses none is accused of any
+    in one of twenty studies at most. It is not used if the 95 % interval lies within `negligible`
+    of 0. Otherwise the images are too few to tell. A network that reacts to a shortcut, but is
+    wrong by it more often than not, has an effect below 0.
 
     Args:
         verdicts: how many there are in the study.
-        only_above: whether an effect below 0 speaks against the shortcut too.
+        only_above: whether an effect below 0 tells nothing about the shortcut.
     """
     widened = effect.wider(verdicts)
     if widened.low > 0:
-        return USES
+        return USES, ""
     if widened.high < 0 and not only_above:
-        return USES_WRONGLY
-    is_small = effect.high < negligible
-    if not only_above:
-        is_small = is_small and effect.low > -negligible
-    return DOES_NOT if is_small else CANNOT_TELL
+        return USES_WRONGLY, ""
+    if -negligible < effect.low and effect.high < negligible:
+        return DOES_NOT, ""
+    # More images would not bring such an effect back to 0.
+    is_negative = only_above and effect.high < -negligible
+    return CANNOT_TELL, NEGATIVE if is_negative else ""
 
 
-def judge_features(effect: Estimate, negligible: float, *, verdicts: int) -> str:
-    """Returns whether features hold a position, by the share of the variance that they explain."""
-    words = judge(effect, negligible, verdicts=verdicts, only_above=True)
-    return {USES: HOLDS, DOES_NOT: HOLDS_NOT}.get(words, words)
+def judge_features(effect: Estimate, negligible: float, *, verdicts: int) -> tuple[str, str]:
+    """Returns whether features hold a position, by the share of the variance that they explain.
+
+    A regression that is worse than always answering the center has failed to generalize, which
+    tells nothing about the features. The second value says why nothing can be told, as of `judge`.
+    """
+    words, reason = judge(effect, negligible, verdicts=verdicts, only_above=True)
+    words = {USES: HOLDS, DOES_NOT: HOLDS_NOT}.get(words, words)
+    return words, FIT_FAILED if reason == NEGATIVE else reason
 
 
 def make_verdicts(
     findings: Findings, pretext: PretextModel | None, strengths: Strengths, *, negligible: float
 ) -> list[Verdict]:
     """Returns the verdicts: on positions in features, and on what the network answers by.
+
+    Nothing is told about the answers of a network that is not surely better than guessing on
+    photographs: what it does with noise is then no trick that solves its task.
 
     `negligible`: see `judge`.
     """
@@ -115,12 +142,21 @@ def make_verdicts(
     count = len(about_features) + len(about_answers)
     verdicts = []
     for verdict in about_features:
-        words = judge_features(verdict.effect, negligible, verdicts=count)
-        verdicts.append(dataclasses.replace(verdict, words=words))
+        words, reason = judge_features(verdict.effect, negligible, verdicts=count)
+        verdicts.append(dataclasses.replace(verdict, words=words, reason=reason))
+    is_at_chance = pretext is not None and not knows_photographs(findings)
     for verdict, only_above in about_answers:
-        words = judge(verdict.effect, negligible, verdicts=count, only_above=only_above)
-        verdicts.append(dataclasses.replace(verdict, words=words))
+        words, reason = judge(verdict.effect, negligible, verdicts=count, only_above=only_above)
+        if is_at_chance:
+            words, reason = CANNOT_TELL, AT_CHANCE
+        verdicts.append(dataclasses.replace(verdict, words=words, reason=reason))
     return verdicts
+
+
+def knows_photographs(findings: Findings) -> bool:
+    """Whether the 95 % interval of the accuracy on photographs as trained lies above guessing."""
+    [question] = [each for each in findings.asked if each.name == PHOTOGRAPHS]
+    return above_chance(findings.accuracy(question)).low > 0
 
 
 def _features(findings: Findings) -> Iterator[Verdict]:
@@ -134,23 +170,29 @@ def _features(findings: Findings) -> Iterator[Verdict]:
         effect = explained_percent(by_layer[layer], findings.sources)
         yield Verdict(
             shortcut=f"position_{color}",
-            title=f"place of a patch in its image, {layer}, colors {color}",
+            title=f"place of a patch in its image, colors {color}",
             effect=effect,
             unit="%",
             meaning="of the squared error of always answering the center is explained",
             layer=layer,
+            choice=_choice(layer, by_layer),
         )
     for images, by_layer in findings.map_errors.items():
         layer = _best_layer(by_layer)
         effect = explained_percent(by_layer[layer], findings.sources_of_maps(images))
         yield Verdict(
             shortcut=f"padding_{images}",
-            title=f"place of a cell in maps of {images}, {layer}",
+            title=f"place of a cell in maps of {images}",
             effect=effect,
             unit="%",
             meaning="of the variance of the place is explained (R²)",
             layer=layer,
+            choice=_choice(layer, by_layer),
         )
+
+
+def _choice(layer: str, by_layer: Mapping[str, Errors]) -> str:
+    return f"{layer}, best of {len(by_layer)} layers, chosen on training images held back"
 
 
 def _best_layer(by_layer: Mapping[str, Errors]) -> str:
