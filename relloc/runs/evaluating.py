@@ -25,6 +25,7 @@ from relloc.evaluation.contract import (
     print_nothing,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
+from relloc.files import write_json
 from relloc.pretext.stopping import stop_request
 from relloc.reports.load import find_measured
 from relloc.reports.render import as_markdown
@@ -41,6 +42,9 @@ from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
 from relloc.terminal import quantity
 from relloc.tracking.journal import Journal
+
+# Beside the pictures and tables of an evaluation: whose weights they are of.
+ABOUT_FILE = "about.json"
 
 
 def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
@@ -291,7 +295,7 @@ def evaluate_model(
         )
         for part, rows in measured:
             if folder:
-                _save_part(part, rows, folder)
+                _save_part(part, rows, model, folder)
             # Between two parts nothing is lost by stopping.
             raise_if_stopped(run.stop)
     # Each process has met other images.
@@ -328,15 +332,43 @@ def _log_of(model: EvaluatedModel, folder: RunFolder | None, part: EvalPart) -> 
     return log
 
 
-def _save_part(part: EvalPart, rows: Sequence[Result], folder: RunFolder) -> None:
+def _save_part(
+    part: EvalPart, rows: Sequence[Result], model: EvaluatedModel, folder: RunFolder
+) -> None:
     """Saves and prints the rows of a finished part, and tracks the files that it wrote."""
     append_results(folder.path, rows)
     console.print_measured(rows)
-    written = [path for path in (folder.path / part.folder).rglob("*") if path.is_file()]
+    part_folder = folder.path / part.folder
+    # Most evaluations write no files and so have no folder.
+    if part_folder.is_dir():
+        _write_about(part, rows, model, part_folder / ABOUT_FILE)
+    written = [path for path in part_folder.rglob("*") if path.is_file()]
     for file in sorted(written):
         folder.mirror_file(str(file.relative_to(folder.path)))
     # The rows are on disk, so nothing has to be resumed any more.
     delete_state(state_file(folder.path, part.fingerprint))
+
+
+def _write_about(part: EvalPart, rows: Sequence[Result], model: EvaluatedModel, path: Path) -> None:
+    """Writes whose weights the other files of the folder are of, and of which images.
+
+    The name of the folder has the fingerprint alone, from which nobody can tell.
+    """
+    images = [f"{row.dataset} {row.split}" for row in rows]
+    layers = [row.layer for row in rows if row.layer]
+    about = {
+        "evaluation": part.named.name,
+        "checkpoint": model.checkpoint,
+        "model": model.model,
+        "weights": model.weights,
+        "batch_norm": part.batch_norm,
+        "images": list(dict.fromkeys(images)),
+        "layers": list(dict.fromkeys(layers)),
+        "seeds": sorted({row.seed for row in rows}),
+        "fingerprint": part.fingerprint,
+    }
+    # Names of data sets may have bytes that are no UTF-8.
+    write_json(path, about, errors="surrogateescape")
 
 
 def _summarize(

@@ -108,7 +108,7 @@ class Discovery(Evaluation):
 
     kind = "study"
     labels = "own"
-    version = 1
+    version = 2
     layers = ()
 
     split: str
@@ -174,6 +174,9 @@ class Discovery(Evaluation):
     def run(self, context: Context) -> Iterator[Score]:
         """Yields areas under the purity-coverage curve first, where images have labels.
 
+        Without any set there is no curve: areas are left out, and so is a headline, since 0 would
+        be taken for a measurement.
+
         Tables, contact sheets of the best clusters and the curve are written into the context's
         folder.
 
@@ -202,11 +205,12 @@ class Discovery(Evaluation):
 
         curve = None
         shuffled: list[PurityCoverage] = []
-        if collection.shows is not None:
+        if sets and collection.shows is not None:
             curve = purity_coverage(sets, collection.shows, purest_first=self.purest_first)
             shuffled = self._shuffled_curves(sets, collection.shows, context.seed)
         self._write(context, images, clusters, selected, sets, collection, curve, shuffled)
-        yield from self._scores(clusters, sets, n_images, curve, shuffled)
+        is_labeled = collection.shows is not None
+        yield from self._scores(clusters, sets, n_images, curve, shuffled, is_labeled=is_labeled)
 
     def _searched(self, splits: Splits) -> ImageSet:
         return splits.train if self.split == "train" else splits.held_out
@@ -372,6 +376,11 @@ class Discovery(Evaluation):
             f"{len(best.images)} of {best.n_searched} images; {len(selected)} clusters of "
             f"{self.set_size} images: see {folder}"
         )
+        if not sets and collection.shows is not None:
+            context.print_line(
+                "discovery: no area under the purity-coverage curve, since no constellation has "
+                f"the {_SETTING}.set_size={self.set_size} verified images of a set"
+            )
 
     def _scores(
         self,
@@ -380,6 +389,8 @@ class Discovery(Evaluation):
         n_images: int,
         curve: PurityCoverage | None,
         shuffled: Sequence[PurityCoverage],
+        *,
+        is_labeled: bool,
     ) -> Iterator[Score]:
         n_verified = sum(len(cluster.images) for cluster in clusters)
         n_searched = sum(cluster.n_searched for cluster in clusters)
@@ -391,7 +402,8 @@ class Discovery(Evaluation):
             metric="verified_images",
             value=100 * n_verified / max(1, n_searched),
             n=n_images,
-            headline=curve is None,
+            # Beside areas of other weights it would be a number of something else.
+            headline=not is_labeled,
             higher_is_better=None,
             protocol="3.12",
             details=tuple(self._details(len(clusters))),

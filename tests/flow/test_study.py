@@ -1,6 +1,7 @@
 """Studies as commands, and the network of the pretext task that they read from a run folder."""
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,13 +71,16 @@ def check_neighbors(relloc: Callable[..., Any], run: Path, tmp_path: Path) -> No
 
 def check_discovery(relloc: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     """Discovered clusters have tables, sheets and the same constellations for both weights."""
-    settings = {"sides_px": "[32,48]", "patch_px": 32, "n_images": 40, "n_seeds": 30, "set_size": 2}
+    settings = {"sides_px": "[32,48]", "patch_px": 32, "n_images": 40, "n_seeds": 30, "set_size": 1}
     words = [f"study.discovery.{name}={value}" for name, value in settings.items()]
     command = ("study=discovery", "tracking=none", "hydra.run.dir=mined", *words)
     mined = relloc("study", f"checkpoint=[{run},random]", *command)
     assert mined.code == 0, mined.text
     folders = sorted((tmp_path / "mined" / "evaluations").iterdir())
     assert len(folders) == 2
+    # Each folder says whose weights its pictures are of.
+    about = [json.loads((folder / "about.json").read_text()) for folder in folders]
+    assert {each["checkpoint"] for each in about} == {str(run / "backbone.safetensors"), "random"}
     constellations = []
     for folder in folders:
         assert (folder / "purity_coverage.png").stat().st_size > 10_000

@@ -4,6 +4,7 @@ import copy
 import csv
 import dataclasses
 import io
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from relloc.files import write_whole
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, stop_request
 from relloc.results import Result, Score, read_results
-from relloc.runs.evaluating import evaluate_model
+from relloc.runs.evaluating import ABOUT_FILE, evaluate_model
 from relloc.runs.folder import RunFolder
 from relloc.runs.reusing import EvalRun, state_file
 from relloc.tracking import list_artifacts_to_send
@@ -241,6 +242,15 @@ def test_boxes_and_a_study_become_rows_and_files_of_the_run(
         folder = Path("evaluations") / f"spread_{row.fingerprint}"
         assert len((tmp_path / folder / "spread.csv").read_text().splitlines()) == 1 + 8 * 2 * 2
         assert {str(folder / "spread.csv"), str(folder / "pictures" / "spread.png")} <= set(sent)
+        # The name of the folder does not tell whose weights these are.
+        said = json.loads((tmp_path / folder / ABOUT_FILE).read_text())
+        for fact in ("checkpoint", "model", "batch_norm", "fingerprint"):
+            assert said[fact] == getattr(row, fact)
+        assert said["evaluation"] == "spread"
+        assert said["images"] == [f"{row.dataset} {row.split}"]
+        assert str(folder / ABOUT_FILE) in sent
+    # Of an evaluation without files there is no folder.
+    assert not list((tmp_path / "evaluations").glob("boxes_*"))
     shown = (
         capsys.readouterr()
         .out.partition("on images held out of the evaluation's training")[2]

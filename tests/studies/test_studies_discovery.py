@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from relloc.data.image_set import Splits
 from relloc.data.photos import PhotoTiles
 from relloc.data.subsets import Subset
 from relloc.errors import DataError, UsageError
-from relloc.evaluation.contract import EvalSettings, EvaluatedModel
+from relloc.evaluation.contract import EvalSettings, EvaluatedModel, print_nothing
 from relloc.evaluation.run import fingerprint
 from relloc.features.source import EncodeConfig
 from relloc.models.backbone import Backbone
@@ -136,6 +137,7 @@ def run(
     network: Backbone | None = None,
     seed: int = 0,
     workers: int = 0,
+    print_line: Callable[[str], None] = print_nothing,
 ) -> dict[str, Score]:
     config = EncodeConfig(
         batch=16,
@@ -150,6 +152,7 @@ def run(
         encode_config=config,
         folder=folder,
         seed=seed,
+        print_line=print_line,
     )
     evaluation.check(splits)
     return {score.metric: score for score in evaluation.run(made)}
@@ -238,17 +241,21 @@ def test_images_without_labels_have_no_purity(paths, tmp_path):
 
 def test_classes_choose_images_and_count_alone(paths, tmp_path):
     splits = splits_of(paths, kind=Listed)
-    scores = run(discovery(classes=["object"], n_seeds=8), splits, tmp_path)
+    # With these features constellations have sets.
+    network = ColorBackbone()
+    of_object = discovery(classes=["object"])
+    scores = run(of_object, splits, tmp_path, network=network)
     assert scores["purity_coverage_area"].n == len(PLANTED)
     images = {int(line["image"]) for line in table(tmp_path / "clusters.csv")}
     assert images <= set(PLANTED)
     # All images show the only class: purity is 1 wherever there is a set, also by chance.
     area = scores["purity_coverage_area"].value
+    assert area > 0
     assert area == pytest.approx(scores["coverage"].value)
     assert area == pytest.approx(scores["purity_coverage_area_chance"].value)
 
     # Images that show no class are searched too, unless classes are named.
-    scores = run(discovery(n_seeds=8), splits, tmp_path)
+    scores = run(discovery(), splits, tmp_path, network=network)
     assert scores["purity_coverage_area"].n == N_IMAGES
     # Difficult objects are none.
     with pytest.raises(DataError):
@@ -261,9 +268,13 @@ def test_classes_choose_images_and_count_alone(paths, tmp_path):
 
 def test_few_images_and_no_set(paths, tmp_path):
     few = discovery(n_images=3, n_seeds=6, pictured=2)
-    scores = run(few, splits_of(paths), tmp_path)
+    printed = []
+    scores = run(few, splits_of(paths), tmp_path, print_line=printed.append)
     # Sets of four images can't be made of two others: no set, and no area.
-    assert scores["purity_coverage_area"].value == 0
+    assert set(scores) == {"verified_images", "coverage"}
+    assert not any(score.headline for score in scores.values())
+    assert [line for line in printed if "study.discovery.set_size=4" in line]
+    assert not (tmp_path / "purity_coverage.png").exists()
     assert scores["coverage"].value == 0
     assert {line["searched"] for line in table(tmp_path / "clusters.csv")} == {"2"}
     assert not table(tmp_path / "cluster_images.csv")

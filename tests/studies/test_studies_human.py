@@ -618,14 +618,42 @@ def test_an_interrupted_session_goes_on(tmp_path: Path) -> None:
 
     def interrupt(line: str) -> None:
         printed.append(line)
-        if "http://" in line:
-            raise KeyboardInterrupt
+        if "http://" not in line:
+            return
+        # One answer is given before the interruption.
+        address = line.partition("http://")[2].split()[0]
+        host, token, _ = address.split("/")
+        connection = http.client.HTTPConnection(host, timeout=20)
+        headers = {"Content-Type": "application/json"}
+        state_path = f"/{token}/answer"
+        connection.request("POST", state_path, json.dumps(answer_to(-1)), headers)
+        number = json.loads(connection.getresponse().read())["question"]
+        connection.request("POST", state_path, json.dumps(answer_to(number)), headers)
+        connection.getresponse().read()
+        connection.close()
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         list(STUDY.run(dataclasses.replace(made_context, print_line=interrupt)))
     assert "hydra.run.dir" in printed[-1]
+    assert "1 answer " in printed[-1]
     found, _ = measured(STUDY, made_context, lambda question: 0)
     assert found[0].metric == "accuracy"
+
+
+def test_an_interrupted_session_without_answers_names_no_file_of_answers(tmp_path: Path) -> None:
+    made_context = asked_context(image_files(tmp_path, 8), None, tmp_path / "a" / "b" / "c")
+    printed: list[str] = []
+
+    def interrupt(line: str) -> None:
+        printed.append(line)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(STUDY.run(dataclasses.replace(made_context, print_line=interrupt)))
+    # That nothing is saved is said by the run folder.
+    assert len(printed) == 1
+    assert not list(tmp_path.rglob("answers_*"))
 
 
 def test_the_grid_is_that_of_the_network_or_the_published_one(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ class Human(Evaluation):
                 )
                 wait_until_over(server)
         finally:
-            if not session.is_over:
+            # Without an answer there is nothing to go on with, as the run folder says itself.
+            if session.answers and not session.is_over:
                 context.print_line(
                     f"human   {quantity(len(session.answers), 'answer')} saved in {session.file}: "
                     "the same command with the same hydra.run.dir= goes on"
