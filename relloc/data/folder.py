@@ -340,7 +340,8 @@ def _unlabeled(
         raise DataError(
             f"{', '.join(map(str, roots))}: {quantity(len(train_paths), 'image')} to train on and "
             f"{len(held_out_paths)} held out ({', '.join(SUFFIXES)}); both need some: check "
-            f"data.root and data.source.held_out_share. Found was {'. '.join(remarks)}"
+            f"data.root, and data.source.held_out_share={held_out_share:g}, of which few images "
+            f"need more, such as 0.4. Found was {'. '.join(remarks)}"
         )
     return Splits(
         train=FolderImages(name=name, split="train", paths=train_paths),

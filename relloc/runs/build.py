@@ -345,8 +345,9 @@ class Evaluating(RunSettings):
             )
         if not self.evaluations:
             raise UsageError(
-                "eval=[] leaves nothing to do: name some, such as eval=[linear_fast,knn], or with "
-                "relloc.study a study (--help study lists them)"
+                "study=[] with eval=[] leaves nothing to do: give relloc.study one such as "
+                "study=neighbors (--help study lists them), or relloc.evaluate some such as "
+                "eval=[linear_fast,knn]"
             )
         self._refuse_unused_view()
 

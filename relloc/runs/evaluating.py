@@ -94,7 +94,9 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
                 settings.data.short_name if splits is shared_data else splits.train.name
                 for splits in data
             ]
-            record = invocation.record(evaluation_name(models, data_names), data, engine)
+            studies = [chosen.name for chosen in settings.evaluations if chosen.group == "study"]
+            name = evaluation_name(models, data_names, studies)
+            record = invocation.record(name, data, engine)
             folder = at_end.enter_context(open_folder(invocation, record, run_dir))
             at_end.enter_context(stop.reraised())
         run = EvalRun(

@@ -50,16 +50,20 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
     return " ".join(words)
 
 
-def evaluation_name(models: Sequence[EvaluatedModel], data: Sequence[str]) -> str:
+def evaluation_name(
+    models: Sequence[EvaluatedModel], data: Sequence[str], studies: Sequence[str] = ()
+) -> str:
     """Returns the name of an evaluation, such as `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
 
     A backbone of relloc is called as its pretraining run, "random" and "torchvision" by these names
-    and the model, and other weights by their file and the model.
+    and the model, and other weights by their file and the model. The names of `studies` follow, as
+    in `random r50 on photos: discovery`: several are made of the same weights and images.
     """
     # Dictionaries keep the order and drop repetitions.
     weights = dict.fromkeys(_weights_name(model) for model in models)
     data_sets = dict.fromkeys(data)
-    return f"{', '.join(weights)} on {', '.join(data_sets)}"
+    name = f"{', '.join(weights)} on {', '.join(data_sets)}"
+    return f"{name}: {', '.join(studies)}" if studies else name
 
 
 def _weights_name(evaluated: EvaluatedModel) -> str:

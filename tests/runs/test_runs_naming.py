@@ -71,6 +71,11 @@ def test_an_evaluation_tells_whose_weights_on_which_data(tmp_path: Path) -> None
         evaluation_name([subject("random")], ["in1k", "in1k", "voc2007"])
         == "random r50 on in1k, voc2007"
     )
+    # Studies of the same weights and images are told from each other.
+    studies = ["neighbors", "discovery"]
+    assert evaluation_name([subject("random")], ["photos"], studies) == (
+        "random r50 on photos: neighbors, discovery"
+    )
 
 
 @pytest.mark.parametrize(

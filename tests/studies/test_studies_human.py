@@ -39,7 +39,7 @@ from relloc.studies.human.comparison import compare, kappa, replies_of
 from relloc.studies.human.questions import Question, make_questions, network_answers
 from relloc.studies.human.server import PageTexts, QuestionServer, serving
 from relloc.studies.human.session import GivenAnswer, Session, WrongAnswer
-from relloc.studies.human.study import PUBLISHED_GRID, Human
+from relloc.studies.human.study import _OF_PERSON, PUBLISHED_GRID, Human
 
 CONFIG = EncodeConfig(
     batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.5
@@ -562,6 +562,10 @@ def test_a_person_beside_chance_and_a_network(tmp_path: Path) -> None:
     assert headline.low is not None
     assert headline.variant == "person anna"
     assert "12 pairs" in headline.details
+    # Rows name a checkpoint; those of the person say that it had no part in them.
+    by_person = {name for name, score in by_metric.items() if _OF_PERSON in score.details}
+    by_position = {f"accuracy_{POSITIONS[label]}" for label in labels}
+    assert by_person == {"accuracy", "median_seconds", *by_position}
     assert by_metric["network_accuracy"].value == pytest.approx(100 * labels.count(0) / 12)
     assert by_metric["agreement"].value == pytest.approx(100 * answers.count(0) / 12)
     assert by_metric["median_seconds"].value == 1.5

@@ -28,6 +28,8 @@ SETTING = "study.human"
 # The grid of mmselfsup 0.x (docs/protocols.md 1.1), where no network says which it learned on
 PUBLISHED_GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
 _SPLITS = ("held_out", "train")
+# A row names a checkpoint in any case.
+_OF_PERSON = "answers of a person: the checkpoint that this row names had no part in them"
 _LONGEST_NAME = 60
 _LAST_PORT = 65535
 _BATCH = 64  # questions that pass a network at once
@@ -201,6 +203,7 @@ class Human(Evaluation):
         details = (
             f"{overall.pairs:,} pairs",
             f"person {self.person}; colors {type(self.color).__name__}; right answers {told}",
+            _OF_PERSON,
             f"95 % t interval, clustered by source image; chance is {CHANCE_PERCENT} %",
         )
         score = overall.score("accuracy")
@@ -214,7 +217,7 @@ class Human(Evaluation):
             details=details,
         )
         for position, share in person.by_position().items():
-            yield share.score(f"accuracy_{position}")
+            yield share.score(f"accuracy_{position}", (_OF_PERSON,))
         seconds = float(np.median([each.seconds for each in given]))
         yield Score(
             metric="median_seconds",
@@ -222,7 +225,7 @@ class Human(Evaluation):
             unit="s",
             higher_is_better=None,
             n=person.n_images,
-            details=(f"of {quantity(len(given), 'answer')}",),
+            details=(f"of {quantity(len(given), 'answer')}", _OF_PERSON),
         )
 
 
