@@ -46,7 +46,14 @@ if results.empty:
 # Each network has a layer of its own at which it holds the most, and a title that says so
 results = results.assign(layer="", variant="")
 # One study: what its rows share beside their metric, image counts and units decides if they mix
-shown = panels(results.assign(metric="", unit="", n=0), most=1)
+# Effects are of photographs, patches and noise, which no other field of a row decides
+same = {"metric": "", "unit": "", "n": 0, "dataset": "", "images": "", "split": "", "view": ""}
+shown = panels(results.assign(**same), most=1)
+# Networks answer under batch norm as trained, whatever that of features is: one line for both
+is_answer = results["unit"].eq("points")
+batch_norms = results.loc[~is_answer, "batch_norm"].unique()
+if len(batch_norms) == 1:
+    results = results.assign(batch_norm=batch_norms[0])
 names = line_names(results)
 looks = line_looks(results, names)
 means = over_seeds(results, [*LINE, "metric", "unit"]).reset_index(["metric", "unit"])

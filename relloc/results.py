@@ -72,10 +72,17 @@ class _Number:
 class Score(_Number):
     """One number as an evaluation yields it. The runner adds model and data set to make a `Result`.
 
-    `on_train`: the number was measured on images of the training split, by cross-validation.
+    Attributes:
+        on_train: the number was measured on images of the training split, by cross-validation.
+        dataset, split, view, batch_norm: of this number, as in a `Result`, where it was not
+            measured on the evaluation's images, in its view, or under its batch norm; otherwise "".
     """
 
     on_train: bool = False
+    dataset: str = ""
+    split: str = ""
+    view: str = ""
+    batch_norm: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

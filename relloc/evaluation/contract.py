@@ -111,6 +111,9 @@ class Context:
     # For an evaluation that declares `wants_pretext`: None for weights that have no pretext head,
     # such as random ones and files of other projects.
     pretext: PretextModel | None = None
+    # Whether to ask that network here. It answers under batch norm as trained, whatever the one of
+    # the backbone is, so that one of several batch norms is enough.
+    asks_pretext: bool = True
     # "random" and "torchvision" for weights to compare with, otherwise a path
     checkpoint: str = ""
 

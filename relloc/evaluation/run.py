@@ -150,6 +150,8 @@ def fingerprint(
     weights = (model.weights, model.model, batch_norm, calibration)
     if evaluation.wants_pretext and model.pretext:
         weights = (*weights, model.pretext.digest)
+        if not _asks_pretext(evaluation, batch_norm, settings):
+            weights = (*weights, "not asked")
     facts = (
         repr(evaluation),
         evaluation.version,
@@ -159,6 +161,14 @@ def fingerprint(
         settings.seed,
     )
     return hash_lines([repr(facts)])
+
+
+def _asks_pretext(evaluation: Evaluation, batch_norm: str, settings: EvalSettings) -> bool:
+    """Returns whether the network of the pretext task is asked under this batch norm of several.
+
+    It has statistics of its own, so that its answers under each would be the same.
+    """
+    return batch_norm == evaluation.batch_norms(settings.batch_norms)[0]
 
 
 def group_parts(parts: Sequence[EvalPart]) -> list[list[EvalPart]]:
@@ -243,6 +253,7 @@ def evaluate(
             log=log_of(part),
             print_line=print_line,
             pretext=model.pretext if part.evaluation.wants_pretext else None,
+            asks_pretext=_asks_pretext(part.evaluation, part.batch_norm, settings),
             checkpoint=model.checkpoint,
         )
         results = []
@@ -353,18 +364,24 @@ def _to_result(
     # A score and a result share their fields, except for what the runner knows.
     measured = vars(score).copy()
     del measured["on_train"]  # from here on, `split` says it
-    measured["details"] = (*score.details, *details)
+    of_part = {
+        "dataset": images.name,
+        "split": images.split,
+        "view": str(part.evaluation.view),
+        "batch_norm": part.batch_norm,
+    }
+    for name, value in of_part.items():
+        measured[name] = measured[name] or value
+    # The details are about the part's batch norm.
+    if measured["batch_norm"] == part.batch_norm:
+        measured["details"] = (*score.details, *details)
     return Result(
         **measured,
         eval=part.named.name,
         kind=part.evaluation.kind,
-        dataset=images.name,
-        split=images.split,
         seed=settings.seed,
-        view=str(part.evaluation.view),
         precision=_PRECISIONS[settings.encode_config.precision],
         checkpoint=model.checkpoint,
         model=model.model,
-        batch_norm=part.batch_norm,
         fingerprint=part.fingerprint,
     )

@@ -29,7 +29,9 @@ PATIENCE_S = 5
 # Where runs lie below the folder of runs: by themselves, by date and time, and as points of sweeps.
 _RUN_FOLDERS = ("*", "*/*", "sweeps/*/*")
 
-_Key = tuple[str, str, str]  # name of an evaluation, batch norm, fingerprint
+# Name of an evaluation, and fingerprint. This covers the batch norm of the part; that of a row may
+# be another, as of a network of the pretext task.
+_Key = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
     reported: set[tuple[str, str]] = set()
     for index, part in enumerate(parts):
         name = part.named.name
-        key = (name, part.batch_norm, part.fingerprint)
+        key = (name, part.fingerprint)
         found = reusable if part.evaluation.repeatable else rows_here
         if key not in found:
             missing.append(index)
@@ -89,8 +91,11 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
                 continue
             dataset = row.dataset
             # The folder may have had another name, or rows none, when they were measured.
-            if part.named.splits.is_unnamed:
-                dataset = part.named.splits.train.name
+            # Images that an evaluation makes itself, such as noise, are of no split of it.
+            splits = part.named.splits
+            is_of_folder = row.split in (splits.train.split, splits.held_out.split)
+            if splits.is_unnamed and is_of_folder:
+                dataset = splits.train.name
             copies.append(dataclasses.replace(row, checkpoint=model.checkpoint, dataset=dataset))
         append_results(run.run_dir, copies)
         # One line an evaluation and batch norm, not one for each layer.
@@ -110,7 +115,7 @@ def _rows_by_key(run_dir: Path) -> dict[_Key, list[Result]]:
         # A row that was itself copied keeps the run that measured it.
         measured_in = row.measured_in or path_as_text(run_dir)
         row_with_origin = dataclasses.replace(row, measured_in=measured_in)
-        key = (row.eval, row.batch_norm, row.fingerprint)
+        key = (row.eval, row.fingerprint)
         rows_by_key.setdefault(key, []).append(row_with_origin)
     return rows_by_key
 

@@ -23,12 +23,17 @@ from relloc.evaluation.contract import (
     EvaluationState,
     NamedEvaluation,
     NullState,
+    PretextModel,
     log_nothing,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import EncodeConfig, LiveFeatures, fill_bank
+from relloc.geometry import PatchGrid, ShortSide
 from relloc.models.small import SmallBackbone
+from relloc.patches.color import Keep
+from relloc.patches.normalize import ByDataset
+from relloc.patches.pipeline import PatchPipeline
 from relloc.results import Result, Score
 
 CPU = torch.device("cpu")
@@ -169,6 +174,68 @@ def test_rows_carry_all_names(model: EvaluatedModel, splits: Splits) -> None:
         assert row.protocol == ("3.3" if row.eval == "linear" else "3.7")
         assert (row.kind, row.view, row.precision) == ("frozen", "center view 96/96 px", "float32")
     assert 100 / 3 < max(row.value for row in rows) <= 100
+
+
+class AsksNetwork(Peek):
+    """Asks a network of the pretext task about noise, under the batch norm of its training."""
+
+    wants_pretext = True
+    independent_layers = False
+
+    def run(self, context: Context) -> Iterator[Score]:
+        self.look(context)
+        yield Score(metric="features", value=1.0, n=1)
+        if context.asks_pretext:
+            yield Score(
+                metric="noise",
+                value=1.0,
+                n=1,
+                dataset="noise",
+                split="generated",
+                view="grids",
+                batch_norm="as_trained",
+            )
+
+
+def test_a_network_with_a_batch_norm_of_its_own_is_asked_once_and_its_rows_say_so(
+    model: EvaluatedModel, splits: Splits
+) -> None:
+    evaluation = AsksNetwork(look=lambda _context: None)
+    both = settings(batch_norms=["recalibrated", "as_trained"])
+    rows = rows_of(model, splits, both, {"asks": evaluation})
+    assert sorted(names(rows)) == [
+        ("asks", "", "features", "as_trained"),
+        ("asks", "", "features", "recalibrated"),
+        ("asks", "", "noise", "as_trained"),
+    ]
+    [of_noise] = [row for row in rows if row.metric == "noise"]
+    assert (of_noise.dataset, of_noise.split, of_noise.view) == ("noise", "generated", "grids")
+    # Nothing about the batch norm that the features were recalibrated with
+    assert of_noise.details == ()
+    [recalibrated] = [row for row in rows if row.batch_norm == "recalibrated"]
+    assert recalibrated.details
+    assert recalibrated.dataset == "colors"
+
+
+def test_results_that_lack_answers_of_the_network_are_not_taken_for_those_that_have_them(
+    model: EvaluatedModel, splits: Splits
+) -> None:
+    evaluation = AsksNetwork(look=lambda _context: None)
+    patches = PatchPipeline(
+        grid=PatchGrid(patch_px=8, gap_px=0, jitter_px=0, resize=ShortSide(px=32)),
+        color=Keep(),
+        normalize=ByDataset(),
+    )
+    pretext = PretextModel(network=torch.nn.Identity(), patches=patches, digest="one")
+    trained = dataclasses.replace(model, pretext=pretext)
+
+    def fingerprint_under(*batch_norms: str) -> str:
+        given = settings(batch_norms=batch_norms)
+        return fingerprint(evaluation, trained, splits, given, "recalibrated")
+
+    asked = fingerprint_under("recalibrated")
+    assert asked == fingerprint_under("recalibrated", "as_trained")
+    assert asked != fingerprint_under("as_trained", "recalibrated")
 
 
 def test_the_numbers_are_those_of_the_evaluation_on_the_features(

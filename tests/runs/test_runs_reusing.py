@@ -120,6 +120,23 @@ def test_rows_of_the_same_weights_are_copied_once_and_say_where_they_were_measur
     assert {found.measured_in for found in read_results(newest)} == {str(old)}
 
 
+def test_rows_of_a_part_under_another_batch_norm_or_about_noise_are_copied_too(
+    tmp_path: Path,
+) -> None:
+    of_part = row(batch_norm="recalibrated")
+    of_network = row(metric="accuracy", layer="", batch_norm="as_trained")
+    of_noise = row(metric="noise", layer="", dataset="noise", split="generated")
+    folder(tmp_path, "old", of_part, of_network, of_noise)
+    new = folder(tmp_path, "new")
+    assert is_known(new, tmp_path, batch_norm="recalibrated")
+    copied = [(found.metric, found.batch_norm, found.dataset) for found in read_results(new)]
+    assert copied == [
+        ("top1_k10", "recalibrated", "colors"),
+        ("accuracy", "as_trained", "colors"),
+        ("noise", "as_trained", "noise"),
+    ]
+
+
 def test_what_differs_each_time_is_taken_from_the_same_run_folder_only(tmp_path: Path) -> None:
     folder(tmp_path, "old", row())
     new = folder(tmp_path, "new")
@@ -134,7 +151,6 @@ def test_what_is_not_the_same_is_measured(tmp_path: Path) -> None:
     folder(tmp_path, "old", row())
     new = folder(tmp_path, "new")
     assert not is_known(new, tmp_path, fingerprint="other mark")
-    assert not is_known(new, tmp_path, batch_norm="recalibrated")
     assert not is_known(new, tmp_path, name="linear")
     assert not is_known(new, None)  # reuse=false
     assert read_results(new) == []

@@ -211,6 +211,14 @@ def test_the_audits_find_out_what_a_network_answers_by(
     if network is AtRandom:
         assert not guilty
     assert shortcuts <= guilty
+    for score in scores.values():
+        is_about_network = score.metric.startswith("top1") or score.unit == "points"
+        assert score.batch_norm == ("as_trained" if is_about_network else "")
+    for metric in ("top1_noise", "effect_lens", "effect_jpeg_grid", "effect_padding_noise"):
+        assert (scores[metric, ""].dataset, scores[metric, ""].split) == ("noise", "generated")
+    for metric in ("top1_photographs", "effect_channel_shift", "effect_position_none"):
+        assert scores[metric, ""].dataset == ""
+        assert "patches" in scores[metric, ""].view
     # White noise as it is tells nothing to anyone.
     assert is_at_chance(scores["top1_noise", ""])
     if network is ByColorShift:
@@ -228,6 +236,16 @@ def test_nothing_is_told_of_a_network_at_chance(splits: Splits, tmp_path: Path) 
     for shortcut in ABOUT_ANSWERS:
         assert words(scores, shortcut) == f"{verdicts.CANNOT_TELL}: {verdicts.AT_CHANCE}"
     assert verdicts.AT_CHANCE in (tmp_path / "verdicts.md").read_text()
+
+
+def test_a_network_that_is_asked_elsewhere_is_not_asked_again(
+    splits: Splits, tmp_path: Path
+) -> None:
+    evaluation = study(noise_images=8, n_images=4, train_images=4)
+    pretext = asked(AtRandom())
+    scores = measured(evaluation, splits, tmp_path, pretext=pretext, asks_pretext=False)
+    assert {score.unit for score in scores.values() if score.headline} == {"%"}
+    assert not any(metric.startswith("top1") for metric, _ in scores)
 
 
 def test_rows_of_effects_are_named_alike_for_all_networks(tmp_path: Path) -> None:

@@ -9,12 +9,27 @@ from torch import Tensor
 from relloc.studies.shortcuts.estimates import Estimate, accuracy_estimate
 from relloc.studies.shortcuts.position import Errors
 from relloc.studies.shortcuts.questions import Question
+from relloc.studies.shortcuts.reading import SinglePatches
 
 # What the maps show whose cells are to be found
 PHOTOGRAPHS = "photographs"
 NOISE = "noise"
 # In place of a layer, for the small network that finds positions of patches
 NETWORK = "network"
+
+
+# Noise is made by the study itself, so that it is of no split of the data set.
+_NOISE_SPLIT = "generated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a number was measured on, in fields of a `Score`; "" stands for the evaluation's own."""
+
+    dataset: str = ""
+    split: str = ""
+    view: str = ""
+    batch_norm: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +42,7 @@ class Findings:
         patch_errors: of single patches, by color treatment and layer, or `NETWORK`.
         map_errors: of cells in maps, by what the images show (`PHOTOGRAPHS`, `NOISE`) and layer.
         sources: of the held-out photographs, in the order of their answers and errors.
+        single: how single patches were cut.
     """
 
     asked: Sequence[Question]
@@ -34,6 +50,7 @@ class Findings:
     patch_errors: Mapping[tuple[str, str], Errors]
     map_errors: Mapping[str, Mapping[str, Errors]]
     sources: Sequence[str]
+    single: SinglePatches
 
     def accuracy(self, question: Question) -> Estimate:
         """Returns the accuracy of the answers to a question, in percent."""
@@ -51,6 +68,25 @@ class Findings:
             return self.sources
         first = next(iter(self.map_errors[images].values()))
         return _independent(len(first.all_error))
+
+    def origin_of(self, question: Question) -> Origin:
+        """Returns what a question is about; the network answers under batch norm as trained."""
+        if question.is_about_photographs:
+            return Origin(view=question.view, batch_norm="as_trained")
+        return Origin(
+            dataset=NOISE, split=_NOISE_SPLIT, view=question.view, batch_norm="as_trained"
+        )
+
+    @property
+    def origin_of_patches(self) -> Origin:
+        """What positions of single patches are measured on."""
+        return Origin(view=str(self.single))
+
+    def origin_of_maps(self, images: str) -> Origin:
+        """Returns what positions of cells are measured on: `PHOTOGRAPHS` or `NOISE`."""
+        if images == PHOTOGRAPHS:
+            return Origin()
+        return Origin(dataset=NOISE, split=_NOISE_SPLIT, view="images as large as a view")
 
     @property
     def colors(self) -> list[str]:

@@ -64,7 +64,7 @@ class Measurement:
         regressors = self._regressors(context)
         view_px = self._learn(regressors, context)
         asked = []
-        if context.pretext:
+        if context.pretext and context.asks_pretext:
             asked = questions(context.pretext, self.colors, self.strengths)
         answers: dict[str, list[Tensor]] = {question.name: [] for question in asked}
         sources = self._test(regressors, asked, answers, context)
@@ -86,6 +86,7 @@ class Measurement:
                 NOISE: regressors.noise.errors(),
             },
             sources=tuple(sources),
+            single=self.single,
         )
 
     def _regressors(self, context: Context) -> "_Regressors":
@@ -152,13 +153,14 @@ class Measurement:
         indices = evenly_spaced(len(images), self.n_images)
         device = context.encode_config.device
         sources = []
-        for read in self._read("held_out", images, indices, context.pretext, context):
+        pretext = context.pretext if asked else None
+        for read in self._read("held_out", images, indices, pretext, context):
             sources += [image.source for image in read]
             regressors.patches.test(read)
             if regressors.network:
                 regressors.network.test(read)
             regressors.maps.test(_views(read, context))
-            if context.pretext is None:
+            if pretext is None:
                 continue
             seeds = []
             for image in read:
@@ -167,7 +169,7 @@ class Measurement:
                 "photograph": _stacked([image.crop for image in read], device),
                 "corner": _stacked([image.corner for image in read], device),
             }
-            self._ask(context.pretext, asked, squares, seeds, answers, context)
+            self._ask(pretext, asked, squares, seeds, answers, context)
         if not sources:
             raise _none_readable(images)
         return sources
@@ -176,7 +178,7 @@ class Measurement:
         self, asked: Sequence[Question], answers: Mapping[str, list[Tensor]], context: Context
     ) -> None:
         pretext = context.pretext
-        if pretext is None:
+        if pretext is None or not asked:
             return
         span = pretext.patches.grid.span_px
         side = span + 2 * self.strengths.margin_px(span)

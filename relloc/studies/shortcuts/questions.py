@@ -88,6 +88,13 @@ class Question:
         """Whether its images are photographs, and no noise."""
         return self.kind in ("photograph", "corner")
 
+    @property
+    def view(self) -> str:
+        """Where the patches lie, in words."""
+        if self.kind == "photograph":
+            return "grids of patches at the center"
+        return "grids of patches in a corner" if self.kind == "corner" else "grids of patches"
+
     def has_images_of(self, other: "Question") -> bool:
         """Whether both are about the same images, changed in the same way."""
         return self.kind == other.kind and self.change is other.change

@@ -31,6 +31,9 @@ class SinglePatches:
     short_px: int
     count: int
 
+    def __str__(self) -> str:
+        return f"single patches of {self.patch_px} px at a short side of {self.short_px} px"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudiedImage:

@@ -8,7 +8,7 @@ from typing import Any
 from relloc.geometry import CHANCE_PERCENT
 from relloc.results import Score
 from relloc.studies.shortcuts.estimates import Estimate, explained_percent, root_mean
-from relloc.studies.shortcuts.findings import NETWORK, Findings
+from relloc.studies.shortcuts.findings import NETWORK, Findings, Origin
 from relloc.studies.shortcuts.position import Errors
 from relloc.studies.shortcuts.questions import AS_TRAINED, Question
 from relloc.studies.shortcuts.reading import SinglePatches
@@ -23,22 +23,27 @@ _INTERVAL = "95 % t interval, clustered by source image"
 _SIDES = "parts of the image's sides"
 
 
-def make_scores(
-    findings: Findings, verdicts: Sequence[Verdict], *, single: SinglePatches
-) -> list[Score]:
+def make_scores(findings: Findings, verdicts: Sequence[Verdict]) -> list[Score]:
     """Returns accuracies, errors of positions, and the effect of each shortcut."""
     scores = []
     for question in findings.asked:
-        scores.append(_of_question(question, findings.accuracy(question)))
+        score = _of_question(question, findings.accuracy(question))
+        scores.append(_with_origin(score, findings.origin_of(question)))
     for (color, layer), errors in findings.patch_errors.items():
-        scores += _of_patches(errors, findings.sources, color, layer, single)
+        for score in _of_patches(errors, findings.sources, color, layer, findings.single):
+            scores.append(_with_origin(score, findings.origin_of_patches))
     for images, by_layer in findings.map_errors.items():
         sources = findings.sources_of_maps(images)
         for layer, errors in by_layer.items():
-            scores.append(_of_maps(errors, sources, images, layer))
+            score = _of_maps(errors, sources, images, layer)
+            scores.append(_with_origin(score, findings.origin_of_maps(images)))
     for verdict in verdicts:
-        scores.append(_of_verdict(verdict))
+        scores.append(_with_origin(_of_verdict(verdict), verdict.origin))
     return scores
+
+
+def _with_origin(score: Score, origin: Origin) -> Score:
+    return dataclasses.replace(score, **vars(origin))
 
 
 def _score(

@@ -54,7 +54,7 @@ class Shortcuts(Evaluation):
 
     kind = "study"
     labels = "none"
-    version = 2  # 2: rows of effects have no layer, and verdicts follow other rules
+    version = 2  # 2: other verdicts, and other names of rows
     wants_pretext = True
 
     layers: Sequence[str]
@@ -138,13 +138,18 @@ class Shortcuts(Evaluation):
                 f"shortcuts of {context.checkpoint or 'these weights'}: only positions are read "
                 "off features, since there is no network of the pretext task to ask"
             )
-        else:
+        elif context.asks_pretext:
             self._check_grid(context.pretext)
+        else:
+            context.print_line(
+                f"shortcuts of {context.checkpoint or 'these weights'}: its network is asked under "
+                "one batch norm alone, since it always answers under its own"
+            )
         findings = self._measurement().measure(context)
         verdicts = make_verdicts(
             findings, context.pretext, self.strengths, negligible=self.negligible
         )
-        scores = make_scores(findings, verdicts, single=self._single)
+        scores = make_scores(findings, verdicts)
         for verdict in verdicts:
             context.print_line(f"        {verdict.sentence}")
         title = context.checkpoint or "these weights"

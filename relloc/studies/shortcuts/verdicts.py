@@ -11,7 +11,7 @@ from relloc.studies.shortcuts.estimates import (
     difference_estimate,
     explained_percent,
 )
-from relloc.studies.shortcuts.findings import PHOTOGRAPHS, Findings
+from relloc.studies.shortcuts.findings import PHOTOGRAPHS, Findings, Origin
 from relloc.studies.shortcuts.position import Errors
 from relloc.studies.shortcuts.questions import Strengths, contrasts
 from relloc.terminal import quantity
@@ -41,6 +41,7 @@ class Verdict:
         meaning: what the number is, in words.
         layer: the layer that it was measured at, or "".
         choice: how this layer was chosen, or "".
+        origin: what it was measured on.
         words: what was found, such as `USES`; one of the constants of this module.
         reason: why nothing can be told, such as `AT_CHANCE`, or "" if the images are too few.
     """
@@ -52,6 +53,7 @@ class Verdict:
     meaning: str
     layer: str = ""
     choice: str = ""
+    origin: Origin
     words: str = CANNOT_TELL
     reason: str = ""
 
@@ -137,14 +139,14 @@ def make_verdicts(
     """
     about_features = list(_features(findings))
     about_answers = []
-    if pretext is not None:
+    if pretext is not None and findings.asked:
         about_answers = list(_answers(findings, pretext, strengths))
     count = len(about_features) + len(about_answers)
     verdicts = []
     for verdict in about_features:
         words, reason = judge_features(verdict.effect, negligible, verdicts=count)
         verdicts.append(dataclasses.replace(verdict, words=words, reason=reason))
-    is_at_chance = pretext is not None and not knows_photographs(findings)
+    is_at_chance = bool(about_answers) and not knows_photographs(findings)
     for verdict, only_above in about_answers:
         words, reason = judge(verdict.effect, negligible, verdicts=count, only_above=only_above)
         if is_at_chance:
@@ -174,6 +176,7 @@ def _features(findings: Findings) -> Iterator[Verdict]:
             effect=effect,
             unit="%",
             meaning="of the squared error of always answering the center is explained",
+            origin=findings.origin_of_patches,
             layer=layer,
             choice=_choice(layer, by_layer),
         )
@@ -186,6 +189,7 @@ def _features(findings: Findings) -> Iterator[Verdict]:
             effect=effect,
             unit="%",
             meaning="of the variance of the place is explained (R²)",
+            origin=findings.origin_of_maps(images),
             layer=layer,
             choice=_choice(layer, by_layer),
         )
@@ -230,5 +234,6 @@ def _answers(
             effect=effect,
             unit="points",
             meaning=meaning,
+            origin=findings.origin_of(question),
         )
         yield verdict, contrast.only_above
