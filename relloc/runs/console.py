@@ -254,19 +254,19 @@ def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], di
 
 
 def print_measured(rows: Sequence[Result]) -> None:
-    """Prints a line for each layer that was just measured.
+    """Prints a line for each layer and batch norm that was just measured.
 
     It has the headline metric and the other numbers of the evaluation's table.
     """
-    by_layer: dict[str, list[str]] = {}
+    lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         # Rows of another variant belong to other tables.
         is_in_table = row.table and row.variant in ("", row.layer)
         if row.headline or is_in_table:
-            by_layer.setdefault(row.layer, []).append(f"{row.metric} {row.value:.1f}")
-    for layer, numbers in by_layer.items():
+            key = (row.layer, row.batch_norm.replace("_", " "))
+            lines.setdefault(key, []).append(f"{row.metric} {row.value:.1f}")
+    for (layer, batch_norm), numbers in lines.items():
         evaluation = f"{rows[0].eval} {layer}".strip()
-        batch_norm = rows[0].batch_norm.replace("_", " ")
         print_message(f"        {evaluation}, {batch_norm}: {', '.join(numbers)}")
 
 
