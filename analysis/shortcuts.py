@@ -33,11 +33,13 @@ from draw import legend_below, line_looks
 from load import LINE, figures_folder, line_names, load_results, over_seeds, panels
 from scipy.stats import norm
 
+from relloc.geometry import CHANCE_PERCENT
 from relloc.reports.style import TWO_COLUMNS, save, use_style
 
 use_style()
-results = load_results()
-results = results.loc[results["eval"].eq("shortcuts") & results["metric"].str.startswith("effect_")]
+rows_of_study = load_results().loc[lambda rows: rows["eval"].eq("shortcuts")]
+results = rows_of_study.loc[rows_of_study["metric"].str.startswith("effect_")]
+photographs = rows_of_study.loc[rows_of_study["metric"].eq("top1_photographs")]
 if results.empty:
     raise LookupError(
         "no shortcuts are selected: run python -m relloc.study study=shortcuts "
@@ -54,6 +56,7 @@ is_answer = results["unit"].eq("points")
 batch_norms = results.loc[~is_answer, "batch_norm"].unique()
 if len(batch_norms) == 1:
     results = results.assign(batch_norm=batch_norms[0])
+    photographs = photographs.assign(batch_norm=batch_norms[0])
 names = line_names(results)
 looks = line_looks(results, names)
 means = over_seeds(results, [*LINE, "metric", "unit"]).reset_index(["metric", "unit"])
@@ -96,13 +99,20 @@ for file in save(figure, figures_folder(), "shortcuts"):
     print("saved", file)
 
 # %% [markdown]
-# A shortcut counts as used if its interval, widened for the number of shortcuts, lies above 0.
+# A shortcut counts as used if its interval, widened for the number of shortcuts, lies above 0, and
+# if the network is better than guessing on photographs: what it does otherwise solves no task.
 
 # %%
 # Intervals are of 95 %; by Bonferroni's rule one of a hundred networks would be accused wrongly
 widening = norm.ppf(1 - 0.025 / len(shortcuts)) / norm.ppf(0.975)
 half = (means["high"] - means["low"]) / 2
 is_used = means["mean"] - widening * half > 0
+better_than_guessing = set()
+if len(photographs):
+    accuracies = over_seeds(photographs, list(LINE))
+    better_than_guessing = set(accuracies.index[accuracies["low"] > CHANCE_PERCENT])
+is_better = np.array([key in better_than_guessing for key in means.index])
+is_used &= means["unit"].ne("points") | is_better
 is_ours = means.index.get_level_values("weights") == "pretrained"
 phrases = []
 for name in names.values():
