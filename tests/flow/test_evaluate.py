@@ -192,7 +192,7 @@ def test_two_processes_divide_the_neighbors_and_give_the_same_rows(relloc, tmp_p
     assert "train/b/9.jpg: " in unreadable[1]
     other = relloc("evaluate", *line, "eval=[linear_fast]", processes=2)
     assert other.code != 0
-    assert "eval=linear_fast runs in one process" in other.text
+    assert "linear_fast runs in one process" in other.text
 
 
 EPOCHS = 60
@@ -279,5 +279,5 @@ def test_a_stopped_evaluation_names_the_images_that_it_could_not_use(
     command = start("relloc.evaluate", *line, folder=tmp_path)
     assert command.wait_for(lambda: list(run_dir.glob("evaluations/*.pt"))), command.text
     os.kill(command.pid, signal.SIGTERM)
-    assert command.wait(10) == 143, command.text
+    assert command.wait(30) == 143, command.text
     assert "train/b/9.jpg: " in (run_dir / "unreadable.txt").read_text()

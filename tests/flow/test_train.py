@@ -129,9 +129,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(relloc, t
     assert relloc("train", *line, f"hydra.run.dir={straight}").code == 0
 
     command = start("relloc.train", *line, f"hydra.run.dir={stopped}", folder=tmp_path)
-    assert command.wait_for((stopped / "journal.jsonl").exists), (
+    journal = stopped / "journal.jsonl"
+    # Until a step is done: before that there is nothing to save.
+    assert command.wait_for(lambda: journal.exists() and "loss" in journal.read_text()), (
         command.text
-    )  # until training is on its way
+    )
     os.kill(command.pid, signal.SIGINT)
     assert command.wait(60) == 130, command.text
     assert "everything is saved" in command.text

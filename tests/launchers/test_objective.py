@@ -85,7 +85,10 @@ def test_only_hydras_own_sweeper_goes_without() -> None:
 def test_a_name_of_no_evaluation_is_told_before_anything_runs() -> None:
     def check(name: str, kind: str = "train") -> None:
         check_names(
-            OmegaConf.create({"objective": name, "eval": {"knn": {}, "linear_fast": {}}}), kind
+            OmegaConf.create(
+                {"objective": name, "eval": {"knn": {}, "linear_fast": {}}, "study": {}}
+            ),
+            kind,
         )
 
     for name in (
