@@ -9,13 +9,19 @@ import torch
 from PIL import Image
 from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
 
 from relloc.data.photos import read_photo
+from relloc.evaluation.contract import PretextModel
+from relloc.geometry import PatchGrid
+from relloc.patches.color import Keep
+from relloc.patches.normalize import PerPatch
+from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.held_out import accuracy
 from relloc.studies.shortcuts import distortions
 from relloc.studies.shortcuts.estimates import Estimate, accuracy_estimate, difference_estimate
 from relloc.studies.shortcuts.position import errors_of, evenly_spaced_cells, held_back_sources
+from relloc.studies.shortcuts.questions import Strengths, questions
 from relloc.studies.shortcuts.reading import SinglePatches, cut_anywhere
 from relloc.studies.shortcuts.ridge import RidgeSums, fit, fit_best, mean_squared_error
 from relloc.studies.shortcuts.verdicts import (
@@ -190,6 +196,23 @@ def test_a_tenth_of_the_sources_is_held_back() -> None:
     assert len(held_back_sources(str(n % 30) for n in range(90))) == 3
     assert held_back_sources(["a", "b", "a"]) == {"a"}
     assert held_back_sources(["a", "a"]) == set()
+
+
+@pytest.mark.parametrize("gap_px", [0, 8, 48])
+@pytest.mark.parametrize("jitter_px", [0, 7])
+def test_crops_hold_the_patches_of_every_question(gap_px: int, jitter_px: int) -> None:
+    grid = PatchGrid(patch_px=64, gap_px=gap_px, jitter_px=jitter_px, resize=None)
+    patches = PatchPipeline(grid=grid, color=Keep(), normalize=PerPatch())
+    strengths = Strengths(
+        lens=(0.01,), shift_px=3, border_px=16, jpeg_quality=50, jpeg_shift_px=4, smooth_px=4.0
+    )
+    side = grid.span_px + 2 * strengths.margin_px(grid)
+    pretext = PretextModel(network=nn.Identity(), patches=patches, digest="")
+    asked = questions(pretext, {}, strengths)
+    # A network that was trained on patches side by side is asked about some that lie 8 px apart.
+    assert "gap_8" in [question.name for question in asked]
+    for question in asked:
+        assert question.patches.grid.span_px <= side
 
 
 def test_accuracies_have_the_intervals_of_the_pretext_task() -> None:

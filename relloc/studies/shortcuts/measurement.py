@@ -180,8 +180,8 @@ class Measurement:
         pretext = context.pretext
         if pretext is None or not asked:
             return
-        span = pretext.patches.grid.span_px
-        side = span + 2 * self.strengths.margin_px(span)
+        grid = pretext.patches.grid
+        side = grid.span_px + 2 * self.strengths.margin_px(grid)
         config = context.encode_config
         # A GPU is asked about many images at once.
         images_at_once = _images_at_once(config.device)
@@ -243,7 +243,7 @@ class Measurement:
             view=self.view,
             single=self.single,
             grid=grid,
-            margin_px=self.strengths.margin_px(grid.span_px) if grid else 0,
+            margin_px=self.strengths.margin_px(grid) if grid else 0,
         )
         config = context.encode_config
         return read_images(images, indices, role, make, config, batch=self.batch, seed=context.seed)

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from relloc.evaluation.contract import PretextModel
+from relloc.geometry import PatchGrid
 from relloc.patches.pipeline import Color, PatchPipeline
 from relloc.pretext.relative_location import hits
 from relloc.seeds import Use, seed_for
@@ -51,10 +52,14 @@ class Strengths:
     jpeg_shift_px: int
     smooth_px: float
 
-    def margin_px(self, span_px: int) -> int:
-        """Returns how far a crop has to reach beyond the grid, for what moves into it."""
-        from_lens = max(self.lens) * span_px / 2
-        return math.ceil(max(self.shift_px, from_lens)) + _INTERPOLATION_PX
+    def margin_px(self, grid: PatchGrid) -> int:
+        """Returns how far a crop has to reach beyond the grid that the network was trained on."""
+        # For what moves into the grid
+        from_lens = max(self.lens) * grid.span_px / 2
+        moved = math.ceil(max(self.shift_px, from_lens)) + _INTERPOLATION_PX
+        # Patches with a small gap between them span more than those that were trained to adjoin.
+        wider = math.ceil((_close(grid, _small_gap(grid)).span_px - grid.span_px) / 2)
+        return max(moved, wider)
 
 
 def _unchanged(images: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ def contrasts(strengths: Strengths, patches: PatchPipeline) -> list[Contrast]:
         ),
         Contrast(
             shortcut="continuity",
-            title=f"adjoining patches against {_small_gap(patches)} px apart",
+            title=f"adjoining patches against {_small_gap(patches.grid)} px apart",
             question="gap_0",
             control=small_gap_name(patches),
             only_above=True,
@@ -198,7 +203,7 @@ def horizontal_shift(shift_px: int) -> str:
 
 def small_gap_name(patches: PatchPipeline) -> str:
     """Returns the name of the question about photographs with a gap of an eighth of a patch."""
-    return f"gap_{_small_gap(patches)}"
+    return f"gap_{_small_gap(patches.grid)}"
 
 
 def shifts(strengths: Strengths) -> list[int]:
@@ -256,7 +261,7 @@ def _about_photographs(
     asked.append(corner)
 
     # Patches that adjoin, and patches nearly as close that do not
-    for gap in (0, _small_gap(patches)):
+    for gap in (0, _small_gap(patches.grid)):
         close = dataclasses.replace(
             plain,
             name=f"gap_{gap}",
@@ -345,13 +350,16 @@ def _with_color(question: Question, name: str, colors: Mapping[str, Color]) -> Q
 
 
 def _with_gap(patches: PatchPipeline, gap_px: int) -> PatchPipeline:
-    grid = dataclasses.replace(patches.grid, gap_px=gap_px, jitter_px=0)
-    return dataclasses.replace(patches, grid=grid)
+    return dataclasses.replace(patches, grid=_close(patches.grid, gap_px))
 
 
-def _small_gap(patches: PatchPipeline) -> int:
+def _close(grid: PatchGrid, gap_px: int) -> PatchGrid:
+    return dataclasses.replace(grid, gap_px=gap_px, jitter_px=0)
+
+
+def _small_gap(grid: PatchGrid) -> int:
     """Returns an eighth of a patch: lines are interrupted, and the content is nearly as close."""
-    return max(1, patches.grid.patch_px // 8)
+    return max(1, grid.patch_px // 8)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from detection_batches import batch_of, part, random_objects, targets
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.resnet import ResNetBackbone
@@ -240,15 +239,12 @@ def test_losses_wait_for_the_device_only_to_suppress_and_to_count() -> None:
 
     # The first time, memory and kernels are prepared.
     compute()
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 11.0, 11.0]], device=device)
-    scores = torch.tensor([0.9, 0.8], device=device)
-    to_suppress = waits(lambda: nms(boxes, scores, 0.5))
-    to_count = waits(lambda: torch.nonzero(scores))
-    assert len(to_count) > 0
-    # Each image is suppressed by itself, and all are counted at once.
+    # torch says nothing of a wait inside of torchvision's nms; it does of one to count.
+    assert len(waits(lambda: torch.nonzero(torch.ones(2, device=device)))) == 1
     found = waits(compute)
     print(found)  # shown where the test fails
-    assert len(found) <= len(batch.images) * len(to_suppress) + len(to_count)
+    # All images at once: how many proposals are usable, and how many regions are chosen.
+    assert len(found) <= 2
 
 
 def test_batch_norms_can_be_synchronized() -> None:
