@@ -51,7 +51,7 @@ def hash_files(
     labels. A file that is missing, can't be read or is no regular file counts as such: the set has
     another digest once it is repaired.
     """
-    sizes = _in_threads(_size, paths, progress, "file sizes")
+    sizes = in_threads(_size, paths, progress, "file sizes")
     hasher = hashlib.sha256(b"images in files\0")
     # Names and sizes of all files count, however many there are.
     named_sizes = zip(names, sizes, strict=True)
@@ -63,13 +63,13 @@ def hash_files(
         hasher.update(counted_text.encode("utf-8", "surrogateescape"))
     # Of the bytes, those of all files or of a sample count.
     sampled = [paths[index] for index in _sampled(sizes)]
-    content_hashes = _in_threads(_content_hash, sampled, progress, "files")
+    content_hashes = in_threads(_content_hash, sampled, progress, "files")
     for content_hash in content_hashes:
         hasher.update(content_hash)
     return versioned(hasher)
 
 
-def _in_threads(
+def in_threads(
     function: Callable[[str], T],
     paths: Sequence[str],
     progress: Progress,

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from relloc.data.contents import hash_files
-from relloc.data.image_set import ImageSet, Role, Splits, warn_of_other_counts
+from relloc.data.image_set import Role, Splits, warn_of_other_counts
 from relloc.data.images import SUFFIXES, read_rgb
 from relloc.data.listing import (
     PassedOver,
@@ -107,16 +107,6 @@ class FolderImages:
         These names are the same wherever the data set lies on disk.
         """
         return names_below_common_folder(self.paths)
-
-
-def missing_files(images: ImageSet) -> dict[str, str]:
-    """Returns "is missing" for each image whose file does not exist, by its source.
-
-    Sets that are no files, such as shards, have none.
-    """
-    if not isinstance(images, FolderImages):
-        return {}
-    return dict.fromkeys(missing_paths(images.paths), "is missing")
 
 
 def missing_paths(paths: Sequence[str]) -> list[str]:

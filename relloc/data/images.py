@@ -71,6 +71,13 @@ _SIGNATURES = (
     b"MM\0+",
     b"\0\0\0\x0cjP  \r\n\x87\n",
 )
+# The first bytes of a JPEG and of a PNG, and the last ones of a whole file: the marker of the end,
+# and the last chunk, whose bytes are always the same.
+_ENDS = (
+    (b"\xff\xd8\xff", b"\xff\xd9"),
+    (b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"),
+)
+_END_BYTES = 12
 _LARGEST_16_BIT = 65_535
 _LARGEST_12_BIT = 4_095
 # What turns an image upright, by the orientation tag of its EXIF data (1 is upright already).
@@ -155,6 +162,23 @@ def begins_as_image(path: str) -> bool:
     # WebP is a RIFF file, AVIF an ISO file: a length stands before or between their markers.
     kind = start[8:12] if start.startswith(b"RIFF") else start[4:12]
     return start.startswith(_SIGNATURES) or kind in (b"WEBP", b"ftypavif", b"ftypavis")
+
+
+def ends_whole(path: str) -> bool:
+    """Returns whether a file begins as a JPEG or PNG does, and ends as a whole one does.
+
+    A few bytes are read. A file of which it is not true may be truncated, of another format, or
+    have further bytes behind its image, as cameras append them: only decoding it tells.
+    """
+    try:
+        with _opened(Path(path)) as file:
+            descriptor = file.fileno()
+            start = os.pread(descriptor, _END_BYTES, 0)
+            size = os.fstat(descriptor).st_size
+            end = os.pread(descriptor, _END_BYTES, max(0, size - _END_BYTES))
+    except UnreadableImage:
+        return False
+    return any(start.startswith(first) and end.endswith(last) for first, last in _ENDS)
 
 
 @contextlib.contextmanager

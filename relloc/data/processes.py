@@ -23,6 +23,8 @@ Tick = Callable[[], None]
 Progress = Callable[[int, int], AbstractContextManager[Callable[[int, str], None]]]
 """Opens a progress display: called with (total, done), it is a context whose value is called with
 (done, text) as the work goes on."""
+NamedProgress = Callable[[str, int, int], AbstractContextManager[Callable[[int, str], None]]]
+"""As `Progress`, called with (what is done, total, done)."""
 
 # Processes report their progress twice in this time.
 _LOOK_EVERY_S = 0.2
@@ -35,6 +37,13 @@ def without_progress(total: int, done: int) -> Iterator[Callable[[int, str], Non
     """A `Progress` that shows nothing."""
     del total, done
     yield lambda _done, _text: None
+
+
+def without_named_progress(
+    _what: str, total: int, done: int
+) -> AbstractContextManager[Callable[[int, str], None]]:
+    """A `NamedProgress` that shows nothing."""
+    return without_progress(total, done)
 
 
 def work_through(

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from relloc import checks
-from relloc.data.annotations import ObjectImages
-from relloc.data.folder import missing_files
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import MultiLabeled
+from relloc.data.processes import NamedProgress, without_named_progress
 from relloc.data.shards import ShardImages
+from relloc.data.unusable import unusable_images
 from relloc.data.views import View, check_view
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.calibration import calibration_batches
@@ -273,23 +273,25 @@ class NamedEvaluation:
             share_setting=f"{self.data_setting}.unreadable_share",
         )
 
-    def check_files(self, of_run: EncodeConfig) -> None:
+    def check_files(
+        self, of_run: EncodeConfig, progress: NamedProgress = without_named_progress
+    ) -> None:
         """Checks before a training that enough image files are there, and can be used.
 
         A training meets its images one after the other, and those to test on after hours. `of_run`
         says how the run reads images.
 
         Raises:
-            DataError: more are missing, or have annotations that can't be used, than may be broken.
+            DataError: more are missing or truncated, or have annotations that can't be used, than
+                may be broken.
         """
         # Other evaluations meet all the images that they need within minutes.
         if self.evaluation.kind != "fine-tuned":
             return
         for images in (self.splits.train, self.splits.held_out):
-            reasons = missing_files(images)
-            if isinstance(images, ObjectImages):
-                for index, reason in images.unusable().items():
-                    reasons[images.source(index)] = reason
+            reasons = unusable_images(
+                images, workers=of_run.workers, stopping=of_run.stopping, progress=progress
+            )
             self.encode_config(of_run).unreadable_of(len(images)).add(reasons)
 
     def check_images(self) -> None:

@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from relloc import ranks
 from relloc.checkpoints.states import delete_state
+from relloc.data.processes import without_named_progress
 from relloc.errors import KnownAnswerMissed, UsageError
 from relloc.evaluation.contract import (
     EvalSettings,
@@ -25,6 +26,7 @@ from relloc.evaluation.contract import (
     print_nothing,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
+from relloc.features.source import EncodeConfig
 from relloc.files import write_json
 from relloc.pretext.stopping import stop_request
 from relloc.reports.load import find_measured
@@ -82,10 +84,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         print_left_out(left_out)
         _refuse_several_processes(evaluations)
         # Missing data of the last evaluation is an error before the first is run.
-        encode_config = settings.encode_config(engine)
-        for named in evaluations:
-            named.check_images()
-            named.check_files(encode_config)
+        check_images(evaluations, settings.encode_config(engine))
         folder = None
         if ranks.rank() == 0:
             # Only the first process records the run, follows it in MLflow and prints.
@@ -125,6 +124,19 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         console.print_next("report", console.from_here(run_dir), "--out", "report.html")
     else:
         console.print_next("report", console.from_here(run_dir))
+
+
+def check_images(evaluations: Iterable[NamedEvaluation], config: EncodeConfig) -> None:
+    """Checks before any computation that evaluations can work on their images.
+
+    Raises:
+        UsageError, DataError: they can't, or too many files are missing or cut off.
+    """
+    # Several processes would draw their bars over each other.
+    progress = without_named_progress if ranks.rank() else console.progress_if_long
+    for named in evaluations:
+        named.check_images()
+        named.check_files(config, progress)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,12 @@ from relloc.runs.build import Pretraining
 from relloc.runs.command_line import as_value
 from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import make_evaluated_model
-from relloc.runs.evaluating import evaluate_model, print_left_out, print_report
+from relloc.runs.evaluating import (
+    check_images,
+    evaluate_model,
+    print_left_out,
+    print_report,
+)
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.monitors import held_out_crops
@@ -76,9 +81,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         # Missing data of an evaluation is an error now, not after days of training.
         evaluations, left_out = settings.named_evaluations(data)
         print_left_out(left_out)
-        for named in _measurable(evaluations):
-            named.check_images()
-            named.check_files(settings.encode_config(engine))
+        check_images(_measurable(evaluations), settings.encode_config(engine))
         if ranks.rank() == 0:
             _warn_of_small_shards(settings)
             _report_scaled_schedule(settings)

@@ -1,7 +1,8 @@
-"""Image files that are missing are counted before a training, as are annotations of no use."""
+"""Files that are missing or cut off, and annotations of no use, are counted before a training."""
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ from annotated_sets import (
     write_voc,
     write_voc_masks,
 )
+from PIL import Image
 
+from relloc.data.annotated_folders import ClassMapFolder
 from relloc.data.cityscapes import cityscapes
 from relloc.data.coco import coco
 from relloc.data.image_set import Splits
+from relloc.data.images import ends_whole
+from relloc.data.unusable import unusable_images
 from relloc.data.voc_masks import voc_segmentation
 from relloc.data.voc_objects import voc_detection
 from relloc.data.voc_proposals import voc_with_proposals
@@ -79,10 +84,10 @@ def of_cityscapes(root: Path) -> Splits:
     return listed_cityscapes(write_cityscapes(root))
 
 
-def check(splits: Splits, *, share: float = 0, kind: Kind = "fine-tuned") -> None:
+def check(splits: Splits, *, share: float = 0, kind: Kind = "fine-tuned", workers: int = 0) -> None:
     config = EncodeConfig(
         batch=2,
-        workers=0,
+        workers=workers,
         device=torch.device("cpu"),
         precision="fp32",
         unreadable_share=share,
@@ -153,3 +158,71 @@ def test_the_share_is_that_of_the_data_set_of_the_evaluation(tmp_path: Path) -> 
     )
     with pytest.raises(DataError, match=r"eval\.some\.data\.unreadable_share=0\.2"):
         named.check_files(run)
+
+
+@pytest.mark.parametrize("data_set", DATA_SETS)
+@pytest.mark.parametrize("role", ["train", "held_out"])
+def test_truncated_images_are_counted(
+    tmp_path: Path, data_set: Callable[[Path], Splits], role: str
+) -> None:
+    splits = data_set(tmp_path)
+    images = splits.train if role == "train" else splits.held_out
+    path = Path(images.source(0))
+    # Images of Cityscapes are PNG, the others JPEG.
+    cut_off(path)
+    told = f"1 of {len(images)} images .*unreadable_share=0 .*{re.escape(str(path))}"
+    with pytest.raises(DataError, match=told):
+        check(splits)
+    with pytest.raises(DataError, match=told):
+        check(splits, workers=1)
+    check(splits, share=1 / len(images))
+
+
+@pytest.mark.parametrize("data_set", [of_voc_masks, of_cityscapes])
+def test_truncated_masks_count_with_their_images(
+    tmp_path: Path, data_set: Callable[[Path], Splits]
+) -> None:
+    images = data_set(tmp_path).held_out
+    assert isinstance(images, ClassMapFolder)
+    cut_off(Path(images.mask_paths[0]))
+    told = f"{re.escape(images.source(0))}: its mask {re.escape(images.mask_paths[0])}"
+    with pytest.raises(DataError, match=told):
+        check(Splits(train=images, held_out=images))
+
+
+@pytest.mark.parametrize("data_set", [of_voc, of_cityscapes])
+def test_bytes_behind_an_image_are_no_damage(
+    tmp_path: Path, data_set: Callable[[Path], Splits]
+) -> None:
+    splits = data_set(tmp_path)
+    path = Path(splits.held_out.source(0))
+    whole = path.read_bytes()
+    assert ends_whole(str(path))
+    path.write_bytes(whole + b"appended by a camera")
+    assert not ends_whole(str(path))
+    check(splits)
+    # An image of another format has another end.
+    Image.open(path).save(path.with_suffix(".bmp"))
+    path.with_suffix(".bmp").rename(path)
+    assert not ends_whole(str(path))
+    check(splits)
+
+
+def test_only_files_with_an_unusual_end_are_decoded(tmp_path: Path) -> None:
+    splits = of_voc(tmp_path)
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        shown.append((what.split()[0], total, done))
+        yield lambda _done, _text: None
+
+    with Path(splits.train.source(1)).open("ab") as file:
+        file.write(b"\0")
+    assert unusable_images(splits.train, workers=0, progress=progress) == {}
+    assert shown == [("check", 3, 0), ("decode", 1, 0)]
+
+
+def cut_off(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
