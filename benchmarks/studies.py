@@ -2,8 +2,8 @@
 
 Five parts, each timed as a whole, with a loop that does the same one after the other:
 
-* encoding, from JPEG files to unit vectors in float16 (`relloc.studies.patch_sets`); the loop reads
-  an image, cuts and resizes its patches by Pillow, and encodes those of one image together;
+* encoding, from JPEG files to unit vectors in float16 (`relloc.studies.patch_vectors`); the loop
+  reads an image, cuts and resizes its patches by Pillow, and encodes those of one image together;
 * cutting and resizing alone, on the device, of squares of many sizes (`cut_resized`); the loop
   calls torch's `interpolate` for each, as ours does too on a CPU;
 * searching the nearest patch of each of k other images, exactly (`relloc.studies.patch_search`);
@@ -46,18 +46,11 @@ from relloc.runs import build, engine
 from relloc.runs.settings import conf_dir
 from relloc.studies.best_images import BestImages, best_images
 from relloc.studies.constellations import PATCHES
+from relloc.studies.patch_cutting import cut_resized, flat_images
+from relloc.studies.patch_encoding import EMBEDDING, EncodedPatches
 from relloc.studies.patch_search import NearestPatches, nearest_patches
-from relloc.studies.patch_sets import (
-    EMBEDDING,
-    EncodedPatches,
-    PatchSet,
-    RandomSquares,
-    collect_patches,
-    cut_resized,
-    flat_images,
-    patch_keys,
-    unit_vectors,
-)
+from relloc.studies.patch_sets import RandomSquares, patch_keys
+from relloc.studies.patch_vectors import CollectedPatches, collect_patches, unit_vectors
 from relloc.studies.shortcuts.ridge import PENALTIES, RidgeSums, fit, mean_squared_error
 
 DIFFERENT_FILES = 512
@@ -170,9 +163,9 @@ def _images(options: argparse.Namespace, folder: Path) -> ImageSet:
 
 def _encoding(
     backbone: Backbone, images: ImageSet, config: EncodeConfig, options: argparse.Namespace
-) -> tuple[list[Row], PatchSet]:
+) -> tuple[list[Row], CollectedPatches]:
     boxes = RandomSquares(n=options.patches, sides_px=tuple(options.sides))
-    collected: list[PatchSet] = []
+    collected: list[CollectedPatches] = []
 
     def ours(n_images: int) -> None:
         patches = collect_patches(
@@ -266,7 +259,9 @@ def _cutting(device: torch.device, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _searching(patches: PatchSet, device: torch.device, options: argparse.Namespace) -> list[Row]:
+def _searching(
+    patches: CollectedPatches, device: torch.device, options: argparse.Namespace
+) -> list[Row]:
     vectors = patches.vectors[EMBEDDING]
     groups = patches.images
     n_queries = min(options.queries, len(patches))
@@ -312,7 +307,9 @@ def _searching(patches: PatchSet, device: torch.device, options: argparse.Namesp
     return rows
 
 
-def _mining(patches: PatchSet, device: torch.device, options: argparse.Namespace) -> list[Row]:
+def _mining(
+    patches: CollectedPatches, device: torch.device, options: argparse.Namespace
+) -> list[Row]:
     vectors = patches.vectors[EMBEDDING]
     n_images = int(patches.images.max()) + 1
     top = min(TOP_IMAGES, n_images - 1)

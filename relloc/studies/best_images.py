@@ -10,7 +10,8 @@ from torch import Tensor
 
 from relloc.errors import UsageError
 from relloc.studies.constellations import PATCHES
-from relloc.studies.patch_sets import EncodedPatches, unit_vectors
+from relloc.studies.patch_encoding import EncodedPatches
+from relloc.studies.patch_vectors import unit_vectors
 
 # Memory, in bytes, of the products of constellations and patches that are computed at once.
 _WORK_BYTES = {"cuda": 2**29, "cpu": 2**25}
@@ -54,8 +55,8 @@ def best_images(
     images; and about twice that to compare them.
 
     Args:
-        seeds: unit vectors (`relloc.studies.patch_sets.unit_vectors`) of the four patches of each
-            constellation, one after the other (m = 4 s), on the device.
+        seeds: unit vectors (`relloc.studies.patch_vectors.unit_vectors`) of the four patches of
+            each constellation, one after the other (m = 4 s), on the device.
         seed_images: index of the image of each constellation.
         encoded: patches of images, all of one image one after another.
         sources: the number of the source of each image of the data set, by index.

@@ -1,4 +1,4 @@
-"""Constellations of four adjacent patches, drawn in images, and dense grids of patches.
+"""Constellations of four adjacent patches, drawn in images.
 
 A constellation is a square of 2 x 2 patches without gaps, at a place of an image as it is stored.
 """
@@ -14,12 +14,10 @@ from relloc.data.image_set import ImageSet
 from relloc.data.samples import read_samples
 from relloc.features.source import EncodeConfig
 from relloc.seeds import Use, seed_for
-from relloc.studies.patch_sets import Boxes
 
 Squares = Int64[np.ndarray, "n 3"]  # left, top, and the side of a patch (half that of the square)
 PATCHES = 4  # of a constellation
 _Cumulative = Float64[np.ndarray, "places"]  # sums of the weights of a place and those before
-_UNBOUNDED = 2**62
 _IMAGES_AT_ONCE = 16  # that a worker process reads before it answers
 # How often a place is drawn anew where it overlaps an earlier constellation too much.
 _TRIES = 20
@@ -43,56 +41,6 @@ def overlap(square: Sequence[int], other: Sequence[int]) -> float:
     intersection = max(0, width) * max(0, height)
     union = (2 * side) ** 2 + (2 * other_side) ** 2 - intersection
     return intersection / union
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseGrid:
-    """Boxes (`relloc.studies.patch_sets.MakeBoxes`) at a grid of places, at several sizes.
-
-    Steps between places are at most `stride` times the side of the box. They are as even as whole
-    pixels allow, and the first and last boxes touch the borders of the image.
-    """
-
-    sides_px: Sequence[int]
-    stride: float
-
-    @property
-    def most(self) -> int:
-        return _UNBOUNDED  # large images have many
-
-    def __call__(self, height: int, width: int, seed: int) -> Boxes:
-        boxes = [np.zeros((0, 4), dtype=np.int64)]
-        for side in self.sides_px:
-            if side > min(height, width):
-                continue
-            lefts = _even_starts(width - side, self.stride * side)
-            tops = _even_starts(height - side, self.stride * side)
-            top, left = np.meshgrid(tops, lefts, indexing="ij")
-            corners = (left.ravel(), top.ravel(), left.ravel() + side, top.ravel() + side)
-            boxes.append(np.stack(corners, axis=1))
-        return np.concatenate(boxes)
-
-
-def _even_starts(extent: int, largest_step: float) -> Int64[np.ndarray, "n"]:
-    """Returns whole numbers from 0 to `extent`, of steps of at most `largest_step` or 1 px."""
-    n_steps = int(np.ceil(extent / max(1.0, largest_step)))
-    starts = np.linspace(0, extent, n_steps + 1)
-    # Rounding may lengthen a step by a pixel.
-    return np.rint(starts).astype(np.int64)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GivenBoxes:
-    """Boxes (`relloc.studies.patch_sets.MakeBoxes`) by the number that stands beside an image."""
-
-    lists: Sequence[Boxes]
-
-    @property
-    def most(self) -> int:
-        return max(map(len, self.lists), default=0)
-
-    def __call__(self, height: int, width: int, seed: int) -> Boxes:
-        return self.lists[seed]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

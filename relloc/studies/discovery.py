@@ -29,8 +29,6 @@ from relloc.seeds import Use, seed_for
 from relloc.studies.best_images import BestImages, best_images, check_finite
 from relloc.studies.constellations import (
     PATCHES,
-    DenseGrid,
-    GivenBoxes,
     SeedChoice,
     draw_constellations,
     patch_boxes,
@@ -43,15 +41,15 @@ from relloc.studies.discovery_files import (
     write_clusters,
     write_curve,
 )
-from relloc.studies.patch_search import source_groups
-from relloc.studies.patch_sets import (
+from relloc.studies.patch_encoding import (
     EMBEDDING,
     PATCH_LAYERS,
-    RandomPatch,
     check_patch_settings,
-    collect_patches,
     encode_patches,
 )
+from relloc.studies.patch_search import source_groups
+from relloc.studies.patch_sets import DenseGrid, GivenBoxes, RandomPatch
+from relloc.studies.patch_vectors import collect_patches
 from relloc.studies.purity_coverage import (
     ImagesOfSets,
     PurityCoverage,
@@ -89,7 +87,7 @@ class Discovery(Evaluation):
         sides_px: sides of patches, of constellations and of what they are matched with.
         stride: largest step between patches of an image, as a share of their side.
         patch_px: side of the patches that the network sees.
-        layer: what is compared: one of `relloc.studies.patch_sets.PATCH_LAYERS`.
+        layer: what is compared: one of `relloc.studies.patch_encoding.PATCH_LAYERS`.
         top_images: the number of best images of each constellation that are verified.
         verification: when an image is verified.
         set_size: the verified images of a constellation that are its set. Constellations with fewer

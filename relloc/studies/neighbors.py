@@ -26,17 +26,10 @@ from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.studies.contact_sheet import Tile, read_patches, save_contact_sheets
 from relloc.studies.csv_tables import write_table
+from relloc.studies.patch_encoding import EMBEDDING, check_patch_settings
 from relloc.studies.patch_search import NONE, NearestPatches, nearest_patches, source_groups
-from relloc.studies.patch_sets import (
-    EMBEDDING,
-    Boxes,
-    PatchSet,
-    RandomPatch,
-    RandomSquares,
-    check_patch_settings,
-    collect_patches,
-    patch_keys,
-)
+from relloc.studies.patch_sets import Boxes, RandomPatch, RandomSquares, patch_keys
+from relloc.studies.patch_vectors import CollectedPatches, collect_patches
 from relloc.terminal import quantity
 
 Box = tuple[int, int, int, int]  # x1 y1 x2 y2 in pixels of the stored image
@@ -59,10 +52,10 @@ class Neighbors(Evaluation):
     by side, row by row. The search is exact (`relloc.studies.patch_search`) on vectors of float16.
 
     Similarity is normalized correlation: the cosine of two feature vectors from each of which the
-    mean of its own components has been subtracted (`relloc.studies.patch_sets`).
+    mean of its own components has been subtracted (`relloc.studies.patch_vectors`).
 
     Attributes:
-        layers: some of `relloc.studies.patch_sets.PATCH_LAYERS`.
+        layers: some of `relloc.studies.patch_encoding.PATCH_LAYERS`.
         split: the images that patches are cut from, "train" or "held_out".
         n_images: most images that are taken.
         patches_per_image: patches that are cut from each of them.
@@ -205,7 +198,7 @@ class Neighbors(Evaluation):
             values = [tuple(line.values()) for line in lines]
             write_table(list(lines[0]), values, context.folder / _TABLE_FILE)
 
-    def _collection(self, images: ImageSet, context: Context) -> PatchSet:
+    def _collection(self, images: ImageSet, context: Context) -> CollectedPatches:
         indices = evenly_spaced(len(images), self.n_images)
         return collect_patches(
             context.backbone,
@@ -243,7 +236,7 @@ class Neighbors(Evaluation):
 
     def _chosen_queries(
         self, images: ImageSet, indices: Sequence[int], context: Context
-    ) -> PatchSet:
+    ) -> CollectedPatches:
         boxes = tuple(tuple(query["box"]) for query in self.chosen)
         # The place of a query takes the seed's, and says which of the boxes is meant.
         keys = [(index, number) for number, index in enumerate(indices)]
@@ -263,8 +256,8 @@ class Neighbors(Evaluation):
         self,
         layer: str,
         images: ImageSet,
-        queries: PatchSet,
-        collection: PatchSet,
+        queries: CollectedPatches,
+        collection: CollectedPatches,
         found: NearestPatches,
     ) -> Iterator[dict[str, object]]:
         """Yields a line of the table for each neighbor."""
@@ -286,8 +279,8 @@ class Neighbors(Evaluation):
         self,
         layer: str,
         images: ImageSet,
-        queries: PatchSet,
-        collection: PatchSet,
+        queries: CollectedPatches,
+        collection: CollectedPatches,
         found: NearestPatches,
         context: Context,
     ) -> None:
@@ -326,8 +319,8 @@ class Neighbors(Evaluation):
         self,
         layer: str,
         images: ImageSet,
-        queries: PatchSet,
-        collection: PatchSet,
+        queries: CollectedPatches,
+        collection: CollectedPatches,
         found: NearestPatches,
         means: Float64[Tensor, "q"],
         chances: Float64[Tensor, "q"] | None,
@@ -397,7 +390,7 @@ class Neighbors(Evaluation):
             high=None,
         )
 
-    def _details(self, layer: str, images: ImageSet, collection: PatchSet) -> Iterator[str]:
+    def _details(self, layer: str, images: ImageSet, collection: CollectedPatches) -> Iterator[str]:
         """Yields what the numbers are of, as results have it."""
         indices = collection.images.unique().tolist()
         n_sources = len({images.source(index) for index in indices})
@@ -546,11 +539,11 @@ def _interval(
     return 100 * max(0.0, mean - half_width), 100 * min(1.0, mean + half_width)
 
 
-def _patches_at(patches: PatchSet, rows: Int64[Tensor, "q"]) -> PatchSet:
+def _patches_at(patches: CollectedPatches, rows: Int64[Tensor, "q"]) -> CollectedPatches:
     vectors = {}
     for layer, of_layer in patches.vectors.items():
         vectors[layer] = of_layer[rows.to(of_layer.device)]
-    return PatchSet(vectors=vectors, images=patches.images[rows], boxes=patches.boxes[rows])
+    return CollectedPatches(vectors=vectors, images=patches.images[rows], boxes=patches.boxes[rows])
 
 
 def _groups_of_others(
@@ -569,7 +562,7 @@ def _groups_of_others(
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _names(images: ImageSet, patches: PatchSet, number: int) -> list[str]:
+def _names(images: ImageSet, patches: CollectedPatches, number: int) -> list[str]:
     """Returns the file name of a patch's image, and its class where it has one."""
     index = int(patches.images[number])
     _, _, name = images.source(index).rpartition("/")
@@ -579,7 +572,9 @@ def _names(images: ImageSet, patches: PatchSet, number: int) -> list[str]:
     return names
 
 
-def _columns(prefix: str, images: ImageSet, patches: PatchSet, number: int) -> dict[str, object]:
+def _columns(
+    prefix: str, images: ImageSet, patches: CollectedPatches, number: int
+) -> dict[str, object]:
     """Returns the columns of the table that say where a patch lies."""
     index = int(patches.images[number])
     columns: dict[str, object] = {f"{prefix}image": path_as_text(images.source(index))}

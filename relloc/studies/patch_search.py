@@ -62,7 +62,7 @@ def nearest_patches(
     of `queries`; `vectors` may be on the CPU, and of lower precision.
 
     Args:
-        queries: unit vectors of query patches (`relloc.studies.patch_sets.unit_vectors`).
+        queries: unit vectors of query patches (`relloc.studies.patch_vectors.unit_vectors`).
         vectors: unit vectors of the patches that are searched.
         groups: the image, or source, of each of `vectors`, from 0.
         k: number of neighbors.

@@ -7,7 +7,8 @@ import torch
 from relloc.errors import UsageError
 from relloc.studies import best_images as module
 from relloc.studies.best_images import BestImages, best_images
-from relloc.studies.patch_sets import EncodedPatches, unit_vectors
+from relloc.studies.patch_encoding import EncodedPatches
+from relloc.studies.patch_vectors import unit_vectors
 
 DIM = 6
 COUNTS = [3, 1, 4, 1, 5, 9, 2, 6, 1, 7]  # patches of images

@@ -1,4 +1,4 @@
-"""Where constellations are drawn, and which places of an image are searched."""
+"""Where constellations are drawn in images."""
 
 import itertools
 from collections import Counter
@@ -7,16 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from mixed_folder import picture
 from PIL import Image
 
 from relloc.data.folder import FolderImages
 from relloc.features.source import EncodeConfig
 from relloc.studies.constellations import (
-    DenseGrid,
-    GivenBoxes,
     SeedChoice,
     draw_constellations,
     overlap,
@@ -140,38 +136,6 @@ def test_images_share_the_constellations_evenly_whatever_the_workers(images):
     assert drawn[0].tolist() != other[0].tolist()
     # Fewer than images
     assert len(draw_constellations(images, [0, 1, 3], 2, uniform, config=config(), seed=5)) == 2
-
-
-@given(
-    height=st.integers(1, 90),
-    width=st.integers(1, 90),
-    sides=st.lists(st.integers(1, 60), min_size=1, max_size=3, unique=True),
-    stride=st.floats(0.05, 1),
-)
-def test_a_dense_grid_covers_the_image(height, width, sides, stride):
-    boxes = DenseGrid(sides_px=sides, stride=stride)(height, width, 0)
-    assert len(np.unique(boxes, axis=0)) == len(boxes)
-    for side in sides:
-        of_side = boxes[boxes[:, 2] - boxes[:, 0] == side]
-        if side > min(height, width):
-            assert not len(of_side)
-            continue
-        assert (of_side[:, 3] - of_side[:, 1] == side).all()
-        for axis, length in ((0, width), (1, height)):
-            starts = np.unique(of_side[:, axis])
-            assert starts[0] == 0
-            assert starts[-1] == length - side
-            largest_step = np.diff(starts).max(initial=0)
-            assert largest_step <= max(1, stride * side) + 1
-        n_places = len(np.unique(of_side[:, 0])) * len(np.unique(of_side[:, 1]))
-        assert len(of_side) == n_places
-
-
-def test_given_boxes_are_those_of_their_number():
-    lists = [np.array([[0, 0, 2, 2]]), np.array([[1, 1, 3, 3], [0, 1, 2, 3]])]
-    given_boxes = GivenBoxes(lists=lists)
-    assert given_boxes.most == 2
-    assert given_boxes(9, 9, 1).tolist() == lists[1].tolist()
 
 
 def test_unreadable_images_are_left_out_where_they_may_be(images, tmp_path: Path):

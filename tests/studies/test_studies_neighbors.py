@@ -20,13 +20,9 @@ from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.results import Score
 from relloc.studies.neighbors import Neighbors, draw_queries, find_image
-from relloc.studies.patch_sets import (
-    RandomPatch,
-    RandomSquares,
-    encode_patches,
-    patch_keys,
-    unit_vectors,
-)
+from relloc.studies.patch_encoding import encode_patches
+from relloc.studies.patch_sets import RandomPatch, RandomSquares, patch_keys
+from relloc.studies.patch_vectors import unit_vectors
 
 N_IMAGES = 14
 RIGHT: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from relloc.data.folder import FolderImages
 from relloc.errors import UsageError
 from relloc.studies.patch_search import NONE, nearest_patches, source_groups
-from relloc.studies.patch_sets import unit_vectors
+from relloc.studies.patch_vectors import unit_vectors
 
 
 def plainly(
