@@ -14,9 +14,10 @@
 #
 # The paper leaves a gap of half a patch and moves patches by up to 7 px, against shortcuts over the
 # borders of patches; the published card has a gap of a third of a patch. Here each measure of a
-# sweep over both settings is a map: the mean over seeds, with half the width of its 95 % interval.
-# Then: what the paper's and the card's choice lose against the best, whether measures agree on the
-# order of the points, and after how many images that order stands.
+# sweep over both settings is a map: the mean over seeds, and half the width of its 95 % interval.
+# Then: for which measures gap and jitter matter at all, what the paper's and the card's choice lose
+# against the best, whether measures agree on the order of the points, and after how many images
+# that order stands.
 
 # %% [markdown]
 # `RELLOC_RUNS` names the folder of runs, or `RELLOC_MLFLOW` a store in its place, and
@@ -45,9 +46,10 @@ from load import (
     load_curves,
     load_results,
     over_seeds,
-    statistics,
 )
+from scipy.stats import f as variance_ratio
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 from relloc.reports.style import (
     TWO_COLUMNS,
@@ -62,6 +64,7 @@ use_style()
 GAP, JITTER, PATCH = "grid.gap_px", "grid.jitter_px", "grid.patch_px"
 DEEP = ["", "feature3", "feature4", "feature5"]
 MOST_MAPS = 15
+SIGNIFICANT = 0.05
 results = load_results()
 results = results.loc[results["weights"].eq("pretrained") & results["spread"].eq("")]
 # Of shortcuts neither direction is good in itself; here a training that uses less of one is better
@@ -151,15 +154,17 @@ measures, by_seed = {}, {}
 sign = {}
 keys = [*PANEL, "batch_norm", "layer"]
 of_images = results.loc[results["kind"] != "pretext"]
+several_batch_norms = of_images["batch_norm"].nunique() > 1
 several_sets = len(of_images[["dataset", "images", "n"]].drop_duplicates()) > 1
 for shared, rows in results.groupby(keys, observed=True, sort=False):
     about = dict(zip(keys, shared, strict=True))
     words = [f"{about['eval']} {about['metric']}", about["layer"]]
-    if about["batch_norm"] == "recalibrated":
+    if several_batch_norms and about["batch_norm"] == "recalibrated":
         words.append("recalibrated")
-    if several_sets and about["eval"] != "pretext":
-        words.append(f"{about['dataset']}, n = {about['n']:,}")
     name = ", ".join(filter(None, words))
+    # The same measure on two data sets
+    if name in measures and several_sets and about["eval"] != "pretext":
+        name = f"{name}, {about['dataset']}, n = {about['n']:,}"
     if name in measures:
         differing = [key for key in PANEL if rows[key].iloc[0] != measures[name].attrs[key]]
         raise MixedRows(
@@ -172,31 +177,96 @@ for shared, rows in results.groupby(keys, observed=True, sort=False):
     by_seed[name] = rows.groupby(["gap", "jitter", "weights_seed"])["value"].mean()
     is_higher_better = rows["higher_is_better"].iloc[0]
     sign[name] = -1 if is_higher_better is None or not is_higher_better else 1
-if len(measures) > MOST_MAPS:
-    raise MixedRows(
-        f"{len(measures)} measures are selected ({', '.join(measures)}): a figure has {MOST_MAPS} "
-        "at most. Choose by RELLOC_SELECT, for example RELLOC_SELECT='eval=knn,pretext'"
-    )
+
+# %% [markdown]
+# The deviation over seeds is pooled over all points, since two or three seeds alone tell it badly.
+# An analysis of variance then tells whether gap and jitter matter beside it: p is the probability
+# that means differ as much as they do if there were no effect. Small p in one of twenty measures
+# are what chance gives.
+
 
 # %%
-figure, axes = panel_axes(len(measures), height=0.75 + 0.36 * len(jitters))
+def seed_noise(values):
+    """Returns the deviation over seeds, pooled over points, and its degrees of freedom."""
+    of_points = values.groupby(level=["gap", "jitter"])
+    degrees = int((of_points.size() - 1).sum())
+    if degrees == 0:
+        return np.nan, 0
+    squares = ((values - of_points.transform("mean")) ** 2).sum()
+    return float(np.sqrt(squares / degrees)), degrees
+
+
+def p_of_effects(values):
+    """Returns p of the effects of gap and of jitter, by a two-way analysis of variance.
+
+    They are nan where points have different numbers of seeds, or where some are missing.
+    """
+    sizes = values.groupby(level=["gap", "jitter"]).size().unstack()
+    deviation, degrees = seed_noise(values)
+    if sizes.isna().any(axis=None) or len(np.unique(sizes)) > 1 or not deviation > 0:
+        return dict.fromkeys(("gap", "jitter"), np.nan)
+    found = {}
+    for name in ("gap", "jitter"):
+        levels = values.groupby(level=name)
+        squares = (levels.size() * (levels.mean() - values.mean()) ** 2).sum()
+        ratio = squares / max(1, len(levels) - 1) / deviation**2
+        found[name] = float(variance_ratio.sf(ratio, max(1, len(levels) - 1), degrees))
+    return found
+
+
+def half_width(name, n_seeds):
+    """Returns half the width of the 95 % interval of a mean over seeds, nan without several."""
+    deviation, degrees = seed_noise(by_seed[name])
+    return student.ppf(0.975, degrees) * deviation / np.sqrt(n_seeds) if degrees else np.nan
+
+
+controls = load_results()
+controls = controls.loc[controls["weights"].eq("random") & controls["spread"].eq("")]
+
+
+def random_mean(about):
+    """Returns the mean of random weights in the same measure, nan if they were not measured."""
+    same = np.logical_and.reduce([controls[key].eq(about[key]) for key in keys])
+    return controls.loc[same, "value"].mean()
+
+
+lines = []
+for name, means in measures.items():
+    deviation, _ = seed_noise(by_seed[name])
+    p = p_of_effects(by_seed[name])
+    lines.append(
+        {
+            "measure": name,
+            "unit": means.attrs["unit"],
+            "lowest": means["mean"].min(),
+            "highest": means["mean"].max(),
+            "random": random_mean(means.attrs),
+            "deviation over seeds": deviation,
+            "p of gap": p["gap"],
+            "p of jitter": p["jitter"],
+        }
+    )
+effects = as_frame(lines).set_index("measure")
+effects.round({"p of gap": 4, "p of jitter": 4}).round(
+    {"lowest": 2, "highest": 2, "random": 2, "deviation over seeds": 2}
+)
+
+# %%
 marks = dict(zip(CHOICES, (("D", "#D55E00"), ("s", "#CC79A7")), strict=True))
-for axis, (name, means) in zip(axes, measures.items(), strict=True):
+
+
+def draw_map(axis, name):
+    """Draws one measure: a cell for each point, and the choices of the paper and of the card."""
+    means = measures[name]
     grid = means["mean"].unstack("gap").reindex(index=jitters, columns=gaps)
-    half = ((means["high"] - means["low"]) / 2).where(means["n"] > 1)
-    half = half.unstack("gap").reindex(index=jitters, columns=gaps)
     colors = "cividis" if sign[name] > 0 else "cividis_r"
     image = axis.imshow(grid.to_numpy(float), origin="lower", aspect="auto", cmap=colors)
     axis.grid(visible=False)
     axis.set_facecolor("0.85")
     for (y, x), value in np.ndenumerate(grid.to_numpy(float)):
-        if np.isnan(value):
-            continue
-        text = f"{value:.1f}"
-        if not np.isnan(half.iloc[y, x]):
-            text += f"\n± {half.iloc[y, x]:.1f}"
-        ink = ink_on(np.asarray(image.cmap(image.norm(value))))
-        axis.text(x, y, text, ha="center", va="center", color=ink, fontsize=6)
+        if not np.isnan(value):
+            ink = ink_on(np.asarray(image.cmap(image.norm(value))))
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=7)
     for choice, (gap, jitter) in nearest.items():
         marker, color = marks[choice]
         # In a corner of the cell, beside the number
@@ -212,46 +282,79 @@ for axis, (name, means) in zip(axes, measures.items(), strict=True):
         )
     axis.set_xticks(range(len(gaps)), [f"{gap:g}" for gap in gaps])
     axis.set_yticks(range(len(jitters)), jitters)
-    unit = means.attrs["unit"]
-    pairs = "pairs" if means.attrs["eval"] == "pretext" else "images"
-    seeds = int(means["n"].max())
-    title = f"{name} ({unit})\nn = {means.attrs['n']:,} {pairs}, {seeds} seeds"
-    axis.set_title(title, fontsize=7)
     axis.set(xlabel="gap (px)", ylabel="jitter (px)")
-legend_below(figure, axes)
-for file in save(figure, figures_folder(), "gap_jitter"):
-    print("saved", file)
+
+    # What is measured, and below it on what and how surely
+    about = means.attrs
+    seeds = int(means["n"].max())
+    of_mean = half_width(name, seeds)
+    unit = about["unit"]
+    heading = f"{about['eval']} {about['metric']}" + (
+        f", {about['layer']}" if about["layer"] else ""
+    )
+    pairs = "pairs" if about["eval"] == "pretext" else "images"
+    on_what = f"{about['dataset']}, {about['n']:,} {pairs}"
+    beside = [f"± {of_mean:.1f} ({seeds} seeds)"] if not np.isnan(of_mean) else []
+    random = random_mean(about)
+    if not np.isnan(random):
+        beside.append(f"random weights {random:.1f}")
+    lines = [f"{heading} ({unit})", on_what, ", ".join(beside)]
+    axis.set_title("\n".join(lines), fontsize=6.5)
+
+
+def draw_maps(names, file_name):
+    """Draws and saves a figure of some measures.
+
+    Raises:
+        MixedRows: there are more than a figure can hold.
+    """
+    if len(names) > MOST_MAPS:
+        raise MixedRows(
+            f"{len(names)} measures are selected ({', '.join(names)}): a figure has {MOST_MAPS} "
+            "at most. Choose by RELLOC_SELECT, for example RELLOC_SELECT='eval=knn,pretext'"
+        )
+    figure, axes = panel_axes(len(names), height=0.85 + 0.36 * len(jitters))
+    for axis, name in zip(axes, names, strict=True):
+        draw_map(axis, name)
+    legend_below(figure, axes)
+    for file in save(figure, figures_folder(), file_name):
+        print("saved", file)
+
+
+of_shortcuts = [name for name, means in measures.items() if means.attrs["eval"] == "shortcuts"]
+draw_maps([name for name in measures if name not in of_shortcuts], "gap_jitter")
+
+# %% [markdown]
+# How much of each shortcut is there for the network or used by it (docs/studies.md tells what the
+# numbers are), where less is better:
+
+# %%
+if of_shortcuts:
+    draw_maps(of_shortcuts, "gap_jitter_shortcuts")
 
 # %% [markdown]
 # What the nearest points lose against the best point of each measure, in its unit, with the 95 %
-# interval of the difference over seeds that both have. The best point was chosen among all by the
+# interval of the difference by the pooled deviation. The best point was chosen among all by the
 # same numbers, so that some loss is to be expected by chance:
 
 
 # %%
-def difference(name, point, other):
-    """Returns statistics of a measure at one point less that at another, over common seeds.
-
-    A negative difference is a loss, also where lower values are better.
-    """
-    values = by_seed[name]
-    seeds = values.loc[point].index.intersection(values.loc[other].index)
-    if not len(seeds):
-        return None
-    differences = values.loc[point][seeds] - values.loc[other][seeds]
-    return statistics(sign[name] * differences.to_numpy())
-
-
 lines, best_points = [], {}
 for name, means in measures.items():
     best = best_points[name] = (sign[name] * means["mean"]).idxmax()
     line = {"measure": name, "best gap_px": best[0], "best jitter_px": best[1]}
     line["best"] = means["mean"][best]
+    deviation, degrees = seed_noise(by_seed[name])
     for choice, point in nearest.items():
-        found = difference(name, point, best) if point in means.index else None
-        if found:
-            line |= {choice: found["mean"], f"{choice} low": found["low"]}
-            line |= {f"{choice} high": found["high"], "seeds": int(found["n"])}
+        if point not in means.index:
+            continue
+        # A loss is negative, also where lower values are better
+        loss = sign[name] * (means["mean"][point] - means["mean"][best])
+        of_loss = 0.0
+        if point != best:
+            both = 1 / means["n"][point] + 1 / means["n"][best]
+            of_loss = student.ppf(0.975, degrees) * deviation * np.sqrt(both) if degrees else np.nan
+        line |= {choice: loss, f"{choice} low": loss - of_loss, f"{choice} high": loss + of_loss}
     lines.append(line)
 losses = as_frame(lines).set_index("measure")
 losses.round(2)
@@ -280,12 +383,17 @@ agreement.round(2)
 
 # %% [markdown]
 # After how many images the order of the points is that of the end: rank correlation of what was
-# watched in training, at each of its steps, with the same at the end.
+# watched in training, at each of its steps, with the result at the end, or with the last that was
+# watched where the end has no such result.
 
 # %%
 WATCHED = ("monitor/pretext/top1", "monitor/knn/feature")
 SETTLED = 0.9
+# The result that a watched number becomes at the end
+RESULTS = {"monitor/pretext/top1": "pretext top1"}
 curves = load_curves()
+at = "images_seen" if curves["images_seen"].notna().all() else "step"
+last = curves[at].max()
 curves = curves.loc[curves["metric"].str.startswith(WATCHED)]
 # Positions of the pretext task have curves of their own, which are parts of the whole
 curves = curves.loc[~curves["metric"].str.startswith("monitor/pretext/top1_")]
@@ -295,10 +403,11 @@ orders = {}
 if len(curves):
     check_points(curves)
     curves = with_points(curves)
-    at = "images_seen" if curves["images_seen"].notna().all() else "step"
     for metric, rows in curves.groupby("metric", sort=False):
         of_points = rows.pivot_table(index=at, columns=["gap", "jitter"], values="value")
         of_points = of_points.dropna()
+        if RESULTS.get(metric) in measures:
+            of_points.loc[last] = measures[RESULTS[metric]]["mean"]
         if len(of_points) < 2:
             continue
         end = of_points.iloc[-1]
@@ -317,65 +426,92 @@ settled: Frame = pd.Series({name: settles(order) for name, order in orders.items
 settled.rename(f"settled (rho {SETTLED} or more from there on)").to_frame()
 
 # %%
-figure, (left, right) = plt.subplots(
-    1, 2, figsize=(TWO_COLUMNS, 1.6 + 0.17 * len(measures)), width_ratios=[1.3, 1]
+# Numbers fit into the cells of a small table alone
+shows_numbers = len(measures) <= 12
+side = 0.3 if shows_numbers else 0.17
+matrix_height = 0.9 + side * len(measures)
+heights = [matrix_height, 2.4] if orders else [matrix_height]
+figure, axes = plt.subplots(
+    len(heights),
+    1,
+    figsize=(TWO_COLUMNS, sum(heights)),
+    height_ratios=heights,
+    squeeze=False,
+    layout="constrained",
 )
-image = left.imshow(agreement.to_numpy(float), vmin=-1, vmax=1, cmap="cividis")
-left.grid(visible=False)
-left.set_facecolor("0.85")
+matrix = axes[0, 0]
+image = matrix.imshow(agreement.to_numpy(float), vmin=-1, vmax=1, cmap="cividis")
+matrix.grid(visible=False)
+matrix.set_facecolor("0.85")
 for (y, x), value in np.ndenumerate(agreement.to_numpy(float)):
-    if not np.isnan(value):
+    if shows_numbers and not np.isnan(value):
         ink = ink_on(np.asarray(image.cmap(image.norm(value))))
-        left.text(x, y, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=5)
+        matrix.text(x, y, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=6)
 numbers = range(1, len(measures) + 1)
-left.set_xticks(range(len(measures)), [str(number) for number in numbers])
+matrix.set_xticks(range(len(measures)), [str(number) for number in numbers], fontsize=6)
 names = [f"{name} ({number})" for number, name in zip(numbers, measures, strict=True)]
-left.set_yticks(range(len(measures)), names, fontsize=6)
-left.set_title(f"rank correlation over {len(points)} points")
-figure.colorbar(image, ax=left, label="Spearman's rho", shrink=0.8)
+matrix.set_yticks(range(len(measures)), names, fontsize=6)
+matrix.set_title(f"rank correlation over {len(points)} points")
+figure.colorbar(image, ax=matrix, label="Spearman's rho", pad=0.02, shrink=0.8)
 if orders:
+    curve_axis = axes[1, 0]
     # Layers are ordered; the pretext task stands apart
     layered = [name for name in orders if name.startswith("knn")]
     looks = dict(zip(layered, ordered_looks(len(layered)), strict=True))
     for name, order in orders.items():
         look = looks.get(name) or category_looks(2)[1] | {"marker": "D"}
         x = order.index * (1000 if at == "images_seen" else 1)
-        right.plot(x, order, label=name, **look)
-    right.axhline(SETTLED, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)))
-    right.set_xlabel("images seen (thousands)" if at == "images_seen" else "step")
-    right.set(ylabel="rho with the order at the end", ylim=(-1.05, 1.05))
-    right.set_title("when the order of points settles")
-    right.legend(loc="lower right", fontsize=6)
-else:
-    right.set_axis_off()
+        curve_axis.plot(x, order, label=name, **look)
+    curve_axis.axhline(SETTLED, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)))
+    curve_axis.set_xlabel("images seen (thousands)" if at == "images_seen" else "step")
+    curve_axis.set(ylabel="rho with the order at the end", ylim=(-1.05, 1.05))
+    curve_axis.set_title("when the order of points settles")
+    curve_axis.legend(loc="lower right", fontsize=6)
 for file in save(figure, figures_folder(), "gap_jitter_order"):
     print("saved", file)
 
 
 # %%
 def told(choice):
-    """Returns a phrase on what a choice loses against the best points."""
-    if choice not in losses:
-        return f"the point nearest to the {choice}'s choice shares no seed with the best"
+    """Returns a phrase on what a choice loses against the best points, of measures of accuracy."""
     gap, jitter = nearest[choice]
-    loses = losses[f"{choice} high"] < 0
+    about = f"the point nearest to the {choice}'s choice (gap {gap:g}, jitter {jitter} px)"
+    if choice not in losses:
+        return f"{about} was not measured"
+    found = losses.loc[accuracies, [choice, f"{choice} high"]].dropna()
+    surely = int((found[f"{choice} high"] < 0).sum())
     return (
-        f"the point nearest to the {choice}'s choice (gap {gap:g}, jitter {jitter} px) is "
-        f"{losses[choice].mean():+.1f} from the best on average, beyond its interval in "
-        f"{int(loses.sum())} of {losses[choice].notna().sum()} measures"
+        f"{about} is {-found[choice].mean():.1f} below the best on average, more than chance "
+        f"explains in {surely} of {len(found)}"
     )
 
 
-pairs = agreement.to_numpy()[np.triu_indices(len(agreement), 1)]
+# Measures of shortcuts have units of their own, and are told apart
+accuracies = [name for name in measures if name not in of_shortcuts] or list(measures)
+pairs = agreement.loc[accuracies, accuracies].to_numpy()
+pairs = pairs[np.triu_indices(len(pairs), 1)]
 # A single measure agrees with no other
 median = np.nanmedian(pairs) if np.isfinite(pairs).any() else np.nan
-common = as_frame({"point": list(best_points.values())})["point"].value_counts()
+common = as_frame({"point": [best_points[name] for name in accuracies]})["point"].value_counts()
 top = common.index[0]
 answer = (
-    f"**Gap {top[0]:g} and jitter {top[1]} px are best in {common.iloc[0]} of {len(measures)} "
+    f"**Gap {top[0]:g} and jitter {top[1]} px are best in {common.iloc[0]} of {len(accuracies)} "
     f"measures over {len(points)} points; measures agree on the order with a median rank "
     f"correlation of {median:.2f}**; {told('paper')}; {told('card')}."
 )
+p_values = effects.loc[accuracies, ["p of gap", "p of jitter"]].dropna()
+if len(p_values):
+    counts = (p_values < SIGNIFICANT).sum()
+    answer += (
+        f" Beside the scatter of seeds, the gap matters in {counts['p of gap']} and the jitter in "
+        f"{counts['p of jitter']} of {len(p_values)} measures (p below {SIGNIFICANT})."
+    )
+below_random = effects["highest"] < effects["random"]
+if below_random[accuracies].any():
+    answer += (
+        f" Random weights are better than every point in {int(below_random[accuracies].sum())} "
+        "measures: these trainings were too short or saw too few images to tell more."
+    )
 if len(settled):
     n_settled = int(settled.notna().sum())
     answer += f" The order of points settled before the end in {n_settled} of {len(settled)} curves"
