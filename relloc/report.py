@@ -116,9 +116,9 @@ def parser() -> argparse.ArgumentParser:
     )
     words.add_argument(
         "--rows",
-        default=ROWS[0],
+        default="",
         help="published rows to show: card (relative location and its controls) or all "
-        "(other pretext tasks too)",
+        "(other pretext tasks too); by default card, where a result is of one of its protocols",
     )
     words.add_argument(
         "--metrics",
@@ -147,7 +147,7 @@ def _names_sweep(word: str) -> bool:
 def _report_runs(options: argparse.Namespace) -> bool:
     """Reports the results of runs; returns whether any of them is of the published card's model."""
     render = _RENDER[_format(options, _FORMATS)]
-    if options.rows not in ROWS:
+    if options.rows not in ("", *ROWS):
         raise UsageError(f"--rows {options.rows} is not one of {', '.join(ROWS)}")
     if options.metrics is not None:
         raise UsageError(f"--metrics is for a sweep: name one with {_SWEEP}NAME")
@@ -175,7 +175,7 @@ def _report_prediction(sweeps: Sequence[str], options: argparse.Namespace) -> No
             f"{sweeps[0]} is reported alone: leave out the other folders and sweeps, or name all "
             "by their folders"
         )
-    if options.rows != ROWS[0] or options.metrics is not None:
+    if options.rows or options.metrics is not None:
         raise UsageError(
             "--prediction takes all measures and accuracies: leave out --rows and --metrics"
         )
@@ -244,7 +244,7 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
 
     if len(options.folders) > 1:
         raise UsageError(f"{word} is reported alone: leave out the other folders and sweeps")
-    if options.rows != ROWS[0]:
+    if options.rows:
         raise UsageError(
             f"--rows selects published numbers, which a sweep's report ({word}) does not have: "
             "leave it out"

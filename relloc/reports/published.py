@@ -15,6 +15,7 @@ from typing import Any
 from relloc.results import LAYERS, Result
 
 CARD_GROUP = "The published card"
+CARD_DATASET = "in1k"  # what all published rows were pretrained on
 BEST_LAYER = "best layer"  # the column of numbers at the layer at which they are highest
 KINDS = ("card", "other")
 # The rows of published.csv that ours are compared with
@@ -195,6 +196,18 @@ def is_on_card(row: Result) -> bool:
     measured = (row.dataset, row.split, row.n)
     published = [(part.dataset, part.split, part.images) for part in parts_of(row.table)]
     return measured in published
+
+
+def concerns_card(row: Result) -> bool:
+    """Returns whether one of our numbers is a reason to look at the published card.
+
+    It was measured by one of the card's evaluations, on any images, or on the images of a table of
+    the card; or it is of a pretraining of the card's model on the card's images.
+    """
+    if row.kind == "pretext":
+        return (row.model, row.dataset) == (PUBLISHED_MODEL, CARD_DATASET)
+    evaluations = [part.evaluation for part in card_parts()]
+    return row.eval in evaluations or is_on_card(row)
 
 
 def foreign_view(row: Result) -> str:

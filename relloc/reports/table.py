@@ -1,7 +1,7 @@
 """Builds the tables of a report, which all output formats share.
 
-A report has a group of tables for the published card and one for each other set of images. In each
-table the published rows stand first, then ours.
+A report has a group of tables for the published card, where ours have to do with it, and one for
+each other set of images. In each table the published rows stand first, then ours.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from relloc.reports.compare import (
 )
 from relloc.reports.lines import natural_sort_key
 from relloc.reports.load import Measured
-from relloc.reports.missing import MissingEvaluations, advice, missing_evaluations
+from relloc.reports.missing import FILL_CARD, MissingEvaluations, advice, missing_evaluations
 from relloc.reports.published import (
     BEST_LAYER,
     CARD,
@@ -31,6 +31,7 @@ from relloc.reports.published import (
     CardPart,
     Published,
     card_parts,
+    concerns_card,
     parts_of,
     published_numbers,
 )
@@ -128,21 +129,28 @@ class Report:
     published: tuple[Published, ...] = ()
 
 
-def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
-    """Returns the report of our numbers beside the published ones.
+def make_report(measured: Iterable[Measured], rows: str = "") -> Report:
+    """Returns the report of our numbers, beside the published ones where these have to do with it.
 
     Args:
         measured: Our numbers, the oldest first, as `find_measured` returns them.
-        rows: Which published rows to show, one of `ROWS`.
+        rows: Which published rows to show, one of `ROWS`; "" for those of the card if any of our
+            numbers is a reason to (`concerns_card`), and otherwise none.
     """
     entries = make_entries(measured)
-    published = published_numbers()
-    if rows != "all":
-        published = tuple(number for number in published if number.kind == "card")
-    # The card stands first and is always there; other sets of images follow by name
+    has_card = bool(rows) or any(concerns_card(entry.result) for entry in entries)
+    published: tuple[Published, ...] = ()
+    if has_card:
+        published = published_numbers()
+        if rows != "all":
+            published = tuple(number for number in published if number.kind == "card")
+    # The card stands first, and other sets of images follow by name
     other_titles = {each.group for each in entries} - {CARD_GROUP}
+    titles = sorted(other_titles)
+    if has_card:
+        titles.insert(0, CARD_GROUP)
     groups = []
-    for title in (CARD_GROUP, *sorted(other_titles)):
+    for title in titles:
         ours = [each for each in entries if each.group == title and each.is_shown]
         elsewhere = [each for each in entries if each.group != title and each.is_shown]
         # Published numbers were measured on the images of the card, and compare with no others
@@ -159,10 +167,10 @@ def make_report(measured: Iterable[Measured], rows: str = "card") -> Report:
     # Commands that would fill the dashes of the card
     missing = missing_evaluations(entries)
     return Report(
-        title="Our numbers beside the published ones",
+        title="Our numbers beside the published ones" if has_card else "Our numbers",
         groups=tuple(groups),
-        legend=tuple(_legend(entries)),
-        advice=advice(entries, missing),
+        legend=tuple(_legend(entries, has_card=has_card)),
+        advice=advice(entries, missing) if has_card else "",
         missing=missing,
         entries=tuple(entries),
         published=published,
@@ -452,22 +460,32 @@ def _details(entry: ReportEntry) -> Iterable[str]:
         yield f"replaces {old.result.value:.2f} of run {old.run.name}"
 
 
-def _legend(entries: Sequence[ReportEntry]) -> Iterable[str]:
-    """Yields the sentences above the tables; those on special cases only where there are such."""
+def _legend(entries: Sequence[ReportEntry], *, has_card: bool) -> Iterable[str]:
+    """Yields the sentences above the tables; those on special cases only where there are such.
+
+    `has_card`: whether the published card is shown.
+    """
+    as_published = ", as in all published rows," if has_card else ""
     yield (
         "Numbers are percent unless a line says otherwise. A line is one checkpoint, batch-norm "
-        "mode and seed; batch-norm statistics are as trained, as in all published rows, where "
-        "nothing is said."
+        f"mode and seed; batch-norm statistics are as trained{as_published} where nothing is said."
     )
-    yield (
-        f"{INSIDE} inside the tolerance of the published number, {ABOVE} above it, {BELOW} below "
-        f"it (where a row gives several values: of their range). Compared are {PUBLISHED_MODEL} "
-        f"lines: random with {RANDOM}, torchvision with {SUPERVISED}, all others with {CARD}, or "
-        f"{CARD_OSS} where that has no number. Recalibrated lines and those with a setting of "
-        "their own are marked as well, though they follow another protocol; not so other views of "
-        "the images and other layers of nearest neighbors. Lines with the setting detectron2 are "
-        "compared with published ones of that setting, and all others with those without it."
-    )
+    if has_card:
+        yield (
+            f"{INSIDE} inside the tolerance of the published number, {ABOVE} above it, {BELOW} "
+            "below it (where a row gives several values: of their range). Compared are "
+            f"{PUBLISHED_MODEL} lines: random with {RANDOM}, torchvision with {SUPERVISED}, all "
+            f"others with {CARD}, or {CARD_OSS} where that has no number. Recalibrated lines and "
+            "those with a setting of their own are marked as well, though they follow another "
+            "protocol; not so other views of the images and other layers of nearest neighbors. "
+            "Lines with the setting detectron2 are compared with published ones of that setting, "
+            "and all others with those without it."
+        )
+    else:
+        yield (
+            "The published card is left out, since none of these numbers is of its protocols: "
+            f"--rows card shows it, and {FILL_CARD} measures it."
+        )
     yield (
         "Bold: the highest of several rows of ours in a column with the same setting, supervised "
         "weights aside; the layers of nearest neighbors are rows that compete."

@@ -171,7 +171,7 @@ def print_left_out(reasons: Mapping[str, str]) -> None:
 
 def print_report(run_dir: Path) -> None:
     """Prints the report of a run folder, as `python -m relloc.report` does."""
-    print(as_markdown(make_report(find_measured([run_dir]))), end="")
+    print(as_markdown(make_report(find_measured([run_dir]), "card")), end="")
 
 
 def _refuse_all_without_head(

@@ -143,7 +143,7 @@ def test_a_new_table_of_the_card_is_shown_in_all_formats(monkeypatch: pytest.Mon
     for cache in caches:
         cache.cache_clear()
     try:
-        report = make_report([])
+        report = make_report([], rows="card")
         markdown, lines = as_markdown(report), as_csv(report)
     finally:
         for cache in caches:

@@ -466,7 +466,7 @@ def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(
     ]
     hidden = result("mine", "", "detail", 3.0, table="")
     report = make_report(measured(*rows, hidden))
-    (table,) = report.groups[1].tables
+    (table,) = report.groups[0].tables
     assert (table.title, table.columns) == ("Mine", ("a column",))
     assert [
         (row.label, row.setting, row.cells[0].text, row.cells[0].is_best)
@@ -477,6 +477,36 @@ def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(
         ("card2022, seed 0", "twice", "1.00", True),  # lower is better
     ]
     assert len(report.entries) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "is_shown"),
+    [
+        ("neighbors", {"kind": "study", "table": "Nearest patches"}, False),
+        # Nearest neighbors on other images than the card's: its table, but not its evaluation
+        ("knn", {"dataset": "photos"}, False),
+        ("knn", {"dataset": "in1k"}, True),
+        ("linear_in1k", {"dataset": "photos"}, True),
+        ("pretext", {"kind": "pretext", "dataset": "photos"}, False),
+        ("pretext", {"kind": "pretext", "dataset": "in1k"}, True),
+        ("pretext", {"kind": "pretext", "dataset": "in1k", "model": "small"}, False),
+    ],
+)
+def test_the_card_is_shown_where_a_number_has_to_do_with_it(
+    result: Callable[..., Result], name: str, fields: dict[str, str], is_shown: bool
+) -> None:
+    row = result(name, "", "top1_k20", 20.0, **fields)
+    report = make_report(measured(row))
+    titles = [group.title for group in report.groups]
+    assert (CARD_GROUP in titles) == bool(report.published) == is_shown
+    assert any("--rows card" in line for line in report.legend) != is_shown
+    if not is_shown:
+        assert not report.advice
+        assert not report.missing
+        lines = list(csv.DictReader(io.StringIO(as_csv(report))))
+        assert {line["origin"] for line in lines} == {"ours"}
+    asked = make_report(measured(row), rows="card")
+    assert asked.groups[0].title == CARD_GROUP
 
 
 def test_columns_are_in_the_order_of_the_card_and_of_their_numbers() -> None:
@@ -516,7 +546,7 @@ def test_what_was_measured_on_other_images_alone_is_named_with_its_numbers(
     result: Callable[..., Result],
 ) -> None:
     def caption(*rows: Result, table: str = DETECTION) -> str:
-        (card, *_) = make_report(measured(*rows)).groups
+        (card, *_) = make_report(measured(*rows), rows="card").groups
         captions = {each.title: each.caption for each in card.tables}
         return captions[table]
 
