@@ -68,12 +68,21 @@ class Sweep:
     def points(self) -> list[Point]:
         """Returns all points of the sweep, of whichever command.
 
+        If the folder of runs was moved or copied, the points are looked for where it is now.
+
         Raises:
             UsageError: The folder is not that of a sweep, or its list of points can't be read.
         """
         if not (self.folder / SWEEP_FILE).exists():
             raise UsageError(f"{self.folder} is not the folder of a sweep: {SWEEP_FILE} is missing")
-        return self._note().points
+        runs = self.folder.parent.parent
+        points = []
+        for point in self._note().points:
+            moved = runs / point.folder.name
+            if not point.folder.exists() and moved.exists():
+                point = dataclasses.replace(point, folder=moved)
+            points.append(point)
+        return points
 
     def _note(self) -> _Note:
         """Returns the content of sweep.json, which is empty before the first command adds points.

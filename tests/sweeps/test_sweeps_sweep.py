@@ -1,5 +1,6 @@
 """The folder of a sweep: what may be one, finding it by name, and what a refused command leaves."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -147,3 +148,20 @@ def test_what_a_cancelled_sweep_began_no_more_is_cancelled(tmp_path: Path) -> No
     sweep.cancel()
     os.utime(sweep.folder / "sweep.json", (1, 1))
     assert [now.status for now in sweep.with_cancelled(found)] == [Status.CANCELLED, Status.DONE]
+
+
+def test_points_are_found_where_the_folder_of_runs_was_moved(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made = point(tmp_path)
+    made.folder.mkdir(parents=True)
+    sweep = Sweep(runs / "sweeps" / "gaps")
+    with sweep.locked():
+        sweep.add([made], [])
+    assert sweep.points() == [made]
+    moved = tmp_path / "laptop"
+    runs.rename(moved)
+    [found] = Sweep(moved / "sweeps" / "gaps").points()
+    assert found == dataclasses.replace(made, folder=moved / made.folder.name)
+    # A point whose folder is nowhere stays where it was said to be.
+    (moved / made.folder.name).rmdir()
+    assert Sweep(moved / "sweeps" / "gaps").points() == [made]
