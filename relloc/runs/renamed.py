@@ -1,6 +1,6 @@
 """Former names of settings, and names that other projects use.
 
-An old command or preset ends in a message with the new name.
+An old command or preset ends in a message with the new name, or that a setting is gone.
 """
 
 import difflib
@@ -19,6 +19,11 @@ _NEW_NAMES = {
     "data.images_per_batch_norm": "recipe.images_per_batch_norm",
     "data.linear": "probe.linear",
     "data.knn": "probe.knn",
+}
+# Settings that are gone, and why they can be left out.
+_REMOVED = {
+    "eval.voc12aug_fcn.images_per_gpu": "as any batch is trained on alike",
+    "eval.cityscapes_fcn.images_per_gpu": "as any batch is trained on alike",
 }
 # Settings by the names that other projects have for them, alone or below `data`
 _USUAL_NAMES = {
@@ -48,11 +53,13 @@ def nearest_old_name(setting: str) -> str | None:
 
 
 def refuse_old_names(settings: Iterable[str]) -> None:
-    """Raises `UsageError` with the new names if some of the settings have former names."""
+    """Raises `UsageError` if some of the settings have former names, or are gone."""
     messages = []
     for setting in settings:
         renamed = new_name(setting)
         if renamed:
             messages.append(f"{setting} is now {renamed}")
+        elif setting in _REMOVED:
+            messages.append(f"{setting} is gone, {_REMOVED[setting]}: leave it out")
     if messages:
         raise UsageError("; ".join(messages))

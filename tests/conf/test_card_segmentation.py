@@ -58,10 +58,9 @@ def test_each_setting_of_the_crops_is_a_deviation_where_it_differs(compose, name
 def test_voc_is_tested_on_whole_images_and_cityscapes_on_windows(compose):
     voc = evaluation(compose, "voc12aug_fcn")
     assert voc.view == WholeImage(box=[2048, 512])
-    assert (voc.images_per_gpu, voc.evaluate_every, voc.align_corners) == (4, 2000, False)
+    assert (voc.evaluate_every, voc.align_corners) == (2000, False)
     cityscapes = evaluation(compose, "cityscapes_fcn")
     assert cityscapes.view == SlidingWindows(box=[2049, 1025], window_px=769, stride_px=513)
-    assert cityscapes.images_per_gpu == 2
     assert (cityscapes.evaluate_every, cityscapes.align_corners) == (4000, True)
 
 

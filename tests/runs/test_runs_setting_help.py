@@ -203,3 +203,13 @@ def test_a_member_that_a_plugin_would_bring_is_said_to_be_not_installed() -> Non
     message = explaining.no_member("hydra/sweeper", "optuna")
     assert "hydra/sweeper=optuna" in message
     assert "not installed" in message
+
+
+@pytest.mark.parametrize("name", ["voc12aug_fcn", "cityscapes_fcn"])
+def test_a_setting_that_is_gone_is_told(name):
+    setting = f"eval.{name}.images_per_gpu"
+    told = f"{setting} is gone.*leave it out"
+    with pytest.raises(UsageError, match=told):
+        renamed.refuse_old_names([setting])
+    # Those of detectors decide how losses are divided.
+    renamed.refuse_old_names(["eval.voc07_fast_rcnn.images_per_gpu"])

@@ -217,7 +217,6 @@ def test_class_maps_are_learned_by_heart(
         **SHARED,
         iterations=iterations,
         evaluate_every=iterations,
-        images_per_gpu=4,
         learning_rate=0.02 if is_full else 0.15,
         lowest_rate=1e-4,
         power=0.9,

@@ -64,6 +64,9 @@ class FcnFineTuning(IterativeFineTuning):
     published_augment: ClassVar[TrainingCrops]
     published_view: ClassVar[WholeImage | SlidingWindows]
 
+    # mmsegmentation synchronizes batch norm over GPUs and takes the mean loss over all pixels of a
+    # step, so that it does not matter which images a GPU has: each image is a group.
+    images_per_gpu: int = dataclasses.field(default=1, init=False)
     power: float
     lowest_rate: float
     augment: TrainingCrops

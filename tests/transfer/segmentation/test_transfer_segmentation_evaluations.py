@@ -69,7 +69,6 @@ def evaluation(kind: type[FcnFineTuning] = Voc12AugFcn, **changes: Any) -> FcnFi
     settings: dict[str, Any] = {
         "iterations": 4,
         "batch": 4,
-        "images_per_gpu": 2,
         "images_per_forward": None,
         "learning_rate": 0.1,
         "lowest_rate": 1e-3,
@@ -198,9 +197,14 @@ def test_images_without_class_maps_and_other_classes_are_refused_before_the_trai
     [
         ({"power": 0}, "eval.voc12aug_fcn.power is 0"),
         ({"lowest_rate": 0.2}, "eval.voc12aug_fcn.lowest_rate is 0.2: .*0.1"),
-        ({"batch": 3}, "eval.voc12aug_fcn.batch is 3"),
+        ({"batch": 0}, "eval.voc12aug_fcn.batch is 0"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         evaluation(**changes)
+
+
+def test_any_batch_is_trained_on() -> None:
+    scores = by_metric(list(evaluation(batch=3, iterations=2).run(given())))
+    assert "2 iterations of 3 images" in scores["miou"].details
