@@ -29,6 +29,12 @@ class DataError(UsageError):
     """A data set that can't be used as it is."""
 
 
+class TooManyUnreadable(DataError):
+    """A data set that was checked, of which more images can't be read than a run may skip."""
+
+    exit_code = 1
+
+
 class MissingData(DataError):
     """A data set of which nothing is there, or of which no setting says where it is.
 

@@ -16,6 +16,7 @@ from relloc.data.image_set import ROLES
 from relloc.data.manifest import check_hashes, read_manifest
 from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.data.unnamed import UNNAMED
+from relloc.errors import TooManyUnreadable
 from relloc.runs import console
 from relloc.runs.build import Preparing
 from relloc.runs.data_sets import DataSet
@@ -30,7 +31,15 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
     Raises:
         UsageError: the settings contradict each other, or `out` can't be used.
         DataError: the data set is missing, or its shards are damaged.
+        TooManyUnreadable: all is done and printed, but runs on these images would stop.
     """
+    findings = _prepared(settings, invocation)
+    # At last, so that nothing is lost by it. Scripts can rely on the exit code.
+    _refuse_too_many_unreadable(findings, settings.data)
+
+
+def _prepared(settings: Preparing, invocation: Invocation) -> Check:
+    """Checks a data set or packs it, prints what was found, and returns it."""
     # Only packing needs the identity (digest) of the images: it resumes shards of the same ones.
     data = settings.data.read(identified=settings.out is not None)
     shards = settings.data.shards
@@ -47,7 +56,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             workers=workers,
             progress=progress,
         )
-        _print_findings(findings, settings.data)
+        _print_findings(findings)
         _print_packed(out, settings.packing)
         if isinstance(data.train, CheckedAnnotations):
             console.print_message(
@@ -60,7 +69,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
             check_hashes(Path(shards), functools.partial(console.progress_bar, "hashes"))
         progress = functools.partial(console.progress_bar, "check")
         findings = check(data, workers=workers, progress=progress)
-        _print_findings(findings, settings.data)
+        _print_findings(findings)
         is_annotated = isinstance(data.train, CheckedAnnotations)
         console.print_message(
             "checked"
@@ -69,7 +78,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         )
         # Packed images have no boxes and masks: packing them is no step that most want next.
         if is_annotated:
-            return
+            return findings
     if shards:
         # A folder may be called like a data set that it does not hold.
         name = UNNAMED if data.is_unnamed else data.train.name
@@ -79,6 +88,7 @@ def prepare(settings: Preparing, invocation: Invocation) -> None:
         # The same command, with a folder to pack into.
         words = [word for word in invocation.words if not word.startswith("out=")]
         console.print_next("prepare", *words, "out=SHARDS")
+    return findings
 
 
 def _data_member(name: str, invocation: Invocation) -> str:
@@ -91,18 +101,26 @@ def _data_member(name: str, invocation: Invocation) -> str:
     return UNNAMED if chosen == "photos" else chosen
 
 
-def _print_findings(findings: Check, data: DataSet) -> None:
+def _print_findings(findings: Check) -> None:
     """Prints the table of counts, and a line for each thing that may be wrong."""
     # The console prints text as it is: it reads no markup in names of files.
     console.console.print(_table(findings))
     console.print_message(*(findings.findings() or ["nothing wrong was found"]))
+
+
+def _refuse_too_many_unreadable(findings: Check, data: DataSet) -> None:
+    """Raises `TooManyUnreadable` if a split has more unreadable images than a run may skip."""
+    counts = []
     for split in (findings.train, findings.held_out):
-        if len(split.unreadable) > data.unreadable_share * split.images:
-            console.print_message(
-                f"{split.split}: more images can't be read than {data.setting}.unreadable_share="
-                f"{data.unreadable_share} allows, so that runs on these images stop: repair them, "
-                "or raise the share"
-            )
+        n_unreadable = len(split.unreadable)
+        if n_unreadable > data.unreadable_share * split.images:
+            counts.append(f"{n_unreadable} of {quantity(split.images, 'image')} of {split.split}")
+    if counts:
+        raise TooManyUnreadable(
+            f"{' and '.join(counts)} can't be read, more than {data.setting}.unreadable_share="
+            f"{data.unreadable_share} allows, so that runs on these images stop: repair them, or "
+            "raise the share"
+        )
 
 
 def _table(findings: Check) -> Table:

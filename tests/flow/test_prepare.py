@@ -45,7 +45,8 @@ def test_a_check_alone_tells_and_writes_nothing(relloc, tmp_path):
     (tmp_path / "originals/val/b/seen.jpg").write_bytes(seen)
     before = below(tmp_path)
     done = relloc("prepare", *FOLDER, "data.root=originals", "workers=2", fresh=True)
-    assert done.code == 0, done.text
+    assert done.code == 1, done.text
+    assert "more than data.unreadable_share=0.05 allows" in done.text
     assert below(tmp_path) == before
     assert re.search(r"LEAK: 1 images? .*\bval\b.*\btrain\b", done.text)
     assert "b/seen.jpg = a/small.jpg" in done.text

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from mixed_folder import BROKEN, write_mixed
 
 from relloc.data.manifest import MANIFEST
-from relloc.errors import DataError
+from relloc.errors import DataError, TooManyUnreadable
 from relloc.runs import build
 from relloc.runs.invocation import Invocation
 from relloc.runs.preparing import prepare
@@ -49,7 +49,9 @@ def originals(tmp_path: Path) -> Path:
 def test_a_check_names_findings_and_the_command_that_packs(
     originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(f"data.root={originals}")
+    # All is printed before the command ends as one that failed.
+    with pytest.raises(TooManyUnreadable, match=rf"{len(BROKEN)} of .*unreadable_share=0\.05"):
+        run(f"data.root={originals}")
     output = capsys.readouterr().out
     assert "mine, as checked" in output
     assert re.search(rf"train: {len(BROKEN)} images .*read", output)
@@ -58,13 +60,15 @@ def test_a_check_names_findings_and_the_command_that_packs(
         in output.replace("\n", " ")
     )
     assert not list(tmp_path.rglob(MANIFEST))
+    run(f"data.root={originals}", "data.unreadable_share=1")
 
 
 def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
     originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "packed"
-    run(f"data.root={originals}", f"out={out}", "short_px=96")
+    with pytest.raises(TooManyUnreadable):
+        run(f"data.root={originals}", f"out={out}", "short_px=96")
     output = capsys.readouterr().out.replace("\n", " ")
     assert "packed  train: " in output
     assert re.search(r"2 JPEGs kept.*3 reduced to 96 px.*3 encoded", output)
@@ -72,12 +76,14 @@ def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
     assert next_command in output
     assert (out / MANIFEST).is_file()
     # What is packed is checked by its hashes, and has no command that packs it again.
-    run(f"data.shards={out}")
+    run(f"data.shards={out}", "data.unreadable_share=1")
     output = capsys.readouterr().out.replace("\n", " ")
     assert "checked " in output
     assert "out=SHARDS" not in output
     assert next_command in output
-    run(f"data.shards={out}", chosen="photos")  # as where no data= was typed
+    run(
+        f"data.shards={out}", "data.unreadable_share=1", chosen="photos"
+    )  # as where no data= was typed
     assert next_command in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -85,14 +91,18 @@ def prepared(
     capsys: pytest.CaptureFixture[str], member: str, root: Path, *words: str
 ) -> tuple[str, dict[str, list[str]]]:
     """What is printed about an annotated set, and the cells of its table."""
-    run(
-        f"data.root={root}",
-        "data.source.published_images=null",
-        *words,
-        chosen=member,
-        data=[f"data={member}"],
-    )
-    told = capsys.readouterr().out
+    refused = ""
+    try:
+        run(
+            f"data.root={root}",
+            "data.source.published_images=null",
+            *words,
+            chosen=member,
+            data=[f"data={member}"],
+        )
+    except TooManyUnreadable as error:
+        refused = str(error)
+    told = f"{capsys.readouterr().out} {refused}"
     rows = {}
     for line in told.splitlines():
         cells = [cell.strip() for cell in line.split("│")[1:-1]]
