@@ -266,7 +266,8 @@ def draw_map(axis, name):
     for (y, x), value in np.ndenumerate(grid.to_numpy(float)):
         if not np.isnan(value):
             ink = ink_on(np.asarray(image.cmap(image.norm(value))))
-            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=7)
+            # z: no minus sign before zero
+            axis.text(x, y, f"{value:z.1f}", ha="center", va="center", color=ink, fontsize=7)
     for choice, (gap, jitter) in nearest.items():
         marker, color = marks[choice]
         # In a corner of the cell, beside the number
