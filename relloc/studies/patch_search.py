@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from relloc.data.image_set import ImageSet
-from relloc.features.nearest import nearest
+from relloc.features.nearest import chunks_on_device, nearest
 
 NONE = -1  # the row of a neighbor that does not exist, and the group of a query that has none
 _QUERY = -2  # the group that the query itself gets among its neighbors
+# Vectors that are multiplied with the queries at once, for the mean correlation.
+_CHUNK = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,3 +129,14 @@ def _counting(
     # From the sorted order back to that of the neighbors
     is_nearest_of_group = torch.zeros_like(counts).scatter(1, columns, is_first)
     return counts & is_nearest_of_group
+
+
+def mean_correlations(
+    queries: Float[Tensor, "q d"], vectors: Float[Tensor, "n d"]
+) -> Float64[Tensor, "q"]:
+    """Returns the mean correlation of each query with all patches, its own included."""
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=queries.device)
+    for _, rows in chunks_on_device(vectors, _CHUNK, queries.device):
+        total += rows.sum(dim=0, dtype=torch.float64)
+    mean_vector = total / len(vectors)
+    return (queries.double() @ mean_vector).cpu()
