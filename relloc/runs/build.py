@@ -41,7 +41,7 @@ from relloc.runs import console
 from relloc.runs.data_sets import DATA_PAGE, DataSet
 from relloc.runs.engine import Engine, EngineSettings
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.settings import EVALUATION_GROUPS, conf_dir, content_of, plain
+from relloc.runs.settings import EVALUATION_GROUPS, conf_dir, content_of, plain, resolved
 from relloc.terminal import quantity
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
@@ -418,7 +418,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         UsageError: a setting is wrong.
         InstantiationException: a `_target_` can't be called with its settings.
     """
-    given = plain(config)
+    given = resolved(config)
     # A preset of relloc.evaluate composes here too, but means something else; so does a study that
     # names a checkpoint, as that of people, for whom no training should wait.
     if "checkpoint" in given:
@@ -463,7 +463,7 @@ def pretraining(config: DictConfig) -> Pretraining:
 
 def evaluating(config: DictConfig) -> Evaluating:
     """Builds what relloc.evaluate runs. Raises what `pretraining` raises."""
-    given = plain(config)
+    given = resolved(config)
     # Reading a checkpoint that is not set raises Hydra's own error, which names the setting.
     named: Any = given["checkpoint"] if config.checkpoint is not None else None
     return Evaluating(
@@ -477,7 +477,7 @@ def evaluating(config: DictConfig) -> Evaluating:
 
 def preparing(config: DictConfig) -> Preparing:
     """Builds what relloc.prepare runs. Raises what `pretraining` raises."""
-    given = plain(config)
+    given = resolved(config)
     names = ("short_px", "quality", "subsampling", "images_per_shard")
     return Preparing(
         data=_data_set("data", given["data"]),
@@ -544,7 +544,7 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
     chosen = []
     for group in EVALUATION_GROUPS:
-        for name, node in (given[group] or {}).items():
+        for name, node in given[group].items():
             unresolved = OmegaConf.to_yaml(config[group][name])
             # Interpolations say which settings of the run's view it takes over.
             shared_view = frozenset(re.findall(r"\$\{view\.(\w+)\}", unresolved))

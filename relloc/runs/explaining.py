@@ -4,6 +4,7 @@ Each gets one message, which names the setting and what to write instead.
 """
 
 import contextlib
+import copy
 import difflib
 import re
 import sys
@@ -17,11 +18,12 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
 )
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from relloc.errors import UsageError
 from relloc.runs import settings
-from relloc.runs.command_line import as_value, values
+from relloc.runs.command_line import as_value, parsed, values
 from relloc.runs.renamed import nearest_old_name, new_name, usual_name
 
 # Groups whose settings are not only read by relloc, or where a word may stand for a number, such as
@@ -374,6 +376,47 @@ def check_added(
         may_exist = is_of_call or is_evaluation or group in swept
         if key not in known and not may_exist:
             raise UsageError(no_setting(key, command, words))
+
+
+def check_evaluations(words: Sequence[str], config: DictConfig) -> None:
+    """Raises `UsageError` for a setting of an evaluation that is not chosen, if nothing uses it.
+
+    Hydra refuses such a word, except where a preset has settings of the evaluation too. `words` are
+    those of the command line, `config` what they compose.
+    """
+    for word in words:
+        override = parsed(word)
+        if override is None or override.is_delete():
+            continue
+        # A package is where the member of another group is put, as in data@eval.knn.data=folder.
+        key = override.package or override.key_or_group
+        group, _, inner = key.partition(".")
+        evaluation, _, _ = inner.partition(".")
+        if group not in settings.EVALUATION_GROUPS or not evaluation:
+            continue
+        chosen = settings.chosen_evaluations(config, group)
+        if evaluation in chosen or _is_read(key, config):
+            continue
+        if settings.file_of(f"{group}/{evaluation}") is None:
+            raise UsageError(f"{word}: {group}.{evaluation} is no evaluation, it has no _target_")
+        raise UsageError(
+            f"there is no setting {key} here. It belongs to {group}={evaluation}, which is not "
+            "among those chosen"
+        )
+
+
+def _is_read(key: str, config: DictConfig) -> bool:
+    """Whether a setting of an evaluation that is not chosen gives another setting its value."""
+    without = copy.deepcopy(config)
+    parent, _, name = key.rpartition(".")
+    with open_dict(without):
+        del OmegaConf.select(without, parent)[name]
+    try:
+        settings.resolved(without)
+    except OmegaConfBaseException:
+        # An interpolation names the setting.
+        return True
+    return False
 
 
 def _calls(known: Mapping[str, Any]) -> set[str]:

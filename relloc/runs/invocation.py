@@ -16,7 +16,7 @@ from relloc.data.unnamed import UNNAMED
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.engine import Engine
 from relloc.runs.refusing import HYDRA_FILES
-from relloc.runs.settings import EVALUATION_GROUPS, plain
+from relloc.runs.settings import EVALUATION_GROUPS, resolved
 from relloc.sweeps.points import identity_of
 from relloc.tracking import DatasetRecord, RunRecord, environment_tags, flatten
 
@@ -46,7 +46,8 @@ class Invocation:
     def of(cls, config: DictConfig) -> "Invocation":
         """Returns the invocation of this process, whose composed config is given."""
         hydra_config = HydraConfig.get()
-        files = {CONFIG_FILE: OmegaConf.to_yaml(config, resolve=True)}
+        settings = resolved(config)
+        files = {CONFIG_FILE: OmegaConf.to_yaml(OmegaConf.create(settings))}
         # conf/ keeps Hydra from writing its files, since the folder may turn out to be another
         # run's. They are written later, as Hydra would have done.
         if hydra_config.output_subdir is None:
@@ -62,7 +63,7 @@ class Invocation:
             names_folder=names_folder,
             words=tuple(hydra_config.overrides.task),
             choices=dict(hydra_config.runtime.choices),
-            settings=plain(config),
+            settings=settings,
             files=files,
         )
 

@@ -111,6 +111,44 @@ def plain(node: Any, *, resolve: bool = True) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
+def chosen_evaluations(config: DictConfig, group: str) -> list[str]:
+    """Returns the names of the evaluations of `group`, "eval" or "study", that a config chooses.
+
+    A preset may have settings of an evaluation that the command line takes out of it, as `eval=[]`
+    does. They lack the `_target_`, which comes with the member of the group, and call nothing.
+    """
+    nodes = config.get(group) or {}
+    return [
+        str(name)
+        for name, node in nodes.items()
+        if isinstance(node, DictConfig) and "_target_" in node
+    ]
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """Returns a composed config as plain dicts and lists, with interpolations resolved.
+
+    Settings of evaluations that are not chosen are left out; others may still refer to them.
+    """
+    settings: dict[str, Any] = {}
+    for name in config:
+        key = str(name)
+        if OmegaConf.is_missing(config, name):
+            # As OmegaConf leaves it, so that whoever reads the setting can name it
+            settings[key] = "???"
+            continue
+        value = config[name]
+        if key in EVALUATION_GROUPS:
+            # Each by itself, since what is left out need not have values for its interpolations
+            chosen = chosen_evaluations(config, key)
+            settings[key] = {evaluation: plain(value[evaluation]) for evaluation in chosen}
+        elif OmegaConf.is_config(value):
+            settings[key] = OmegaConf.to_container(value, resolve=True)
+        else:
+            settings[key] = value
+    return settings
+
+
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Returns all settings of a plain config by their full names, such as `grid.gap_px`.
 

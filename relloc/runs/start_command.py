@@ -29,7 +29,7 @@ from relloc.runs.command_line import CommandLine
 from relloc.runs.data_of_run import RunData
 from relloc.runs.launcher_words import with_one_value_each
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.settings import EVALUATING_COMMANDS, conf_dir
+from relloc.runs.settings import EVALUATING_COMMANDS, conf_dir, resolved
 
 EXIT_MISTAKE = 2
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -112,6 +112,7 @@ def start_command(task: Callable[..., None], config_name: str) -> NoReturn:
                 hydra_config = HydraConfig.get()
                 refuse_chdir(hydra_config)
                 _refuse_name_of_sweep(hydra_config)
+                explaining.check_evaluations(hydra_config.overrides.task, config)
                 if data:
                     _report_data(data, config)
                 terminal.print_when_reader_leaves(_OUTPUT_IS_CLOSED)
@@ -124,8 +125,7 @@ def start_command(task: Callable[..., None], config_name: str) -> NoReturn:
 
 def _report_data(data: RunData, config: DictConfig) -> None:
     """Prints, on the first process, which data set was taken over from a run."""
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    line = data.describe(settings)
+    line = data.describe(resolved(config))
     is_first = int(os.environ.get("RANK", "0")) == 0
     if line and is_first:
         print(terminal.escaped(line))

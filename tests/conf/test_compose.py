@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
 from relloc.runs import build
-from relloc.runs.settings import conf_dir
+from relloc.runs.settings import conf_dir, resolved
 
 EVALS = [
     *(
@@ -180,6 +180,53 @@ def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
     assert {
         one.name for one in build.pretraining(compose("train", [f"eval={asked}"])).evaluations
     } == names
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["eval=[]"], {"shortcuts"}),
+        (["eval=[]", "study=[]"], set()),
+        (["eval=[linear_fast]", "study=[]"], {"linear_fast"}),
+        # Its folder is that of linear_fast, an evaluation which is not chosen here.
+        (["eval=[knn]", "study=[]"], {"knn"}),
+        (["eval=[label_free]", "study=label_free"], {"label_free"}),
+        (["eval=[voc07_low_shot]", "study=[]"], {"voc07_low_shot"}),
+    ],
+)
+def test_evaluations_that_a_preset_has_settings_of_can_be_left_out(
+    compose, words, names, monkeypatch
+):
+    monkeypatch.setenv("RELLOC_VOC", "/nowhere")
+    folder = "eval.linear_fast.data.root=/labeled"
+    config = compose("train", ["experiment=gap_jitter_small", "data.root=/x", folder, *words])
+    evaluations = build.pretraining(config).evaluations
+    assert {one.name for one in evaluations} == names
+    # Nothing of the others is recorded either.
+    settings = resolved(config)
+    assert {*settings["eval"], *settings["study"]} == names
+    for one in evaluations:
+        if one.name in ("knn", "linear_fast"):
+            assert one.data is not None
+            assert "/labeled" in one.data.images
+
+
+@pytest.mark.parametrize("preset", members("experiment"))
+def test_every_preset_can_do_without_its_evaluations(compose, preset):
+    command = "evaluate" if preset == "known_answers" else "train"
+    # relloc.evaluate needs one, so that it gets another than those of the preset.
+    words = ["study=[]", "eval=[]"] if command == "train" else ["eval=[knn]"]
+    config = compose(command, [f"experiment={preset}", *words])
+    settings = resolved(config)
+    assert list(settings["eval"]) == ([] if command == "train" else ["knn"])
+    assert settings["study"] == {}
+
+
+def test_what_is_left_out_need_not_have_values(compose):
+    config = compose("train", ["eval=[knn]", "+eval.mine.root=${nowhere}"])
+    assert list(resolved(config)["eval"]) == ["knn"]
+    everything = compose("train", [])
+    assert resolved(everything) == OmegaConf.to_container(everything, resolve=True)
 
 
 def test_no_training_ends_by_waiting_for_a_person(compose):

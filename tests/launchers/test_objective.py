@@ -84,12 +84,11 @@ def test_only_hydras_own_sweeper_goes_without() -> None:
 
 def test_a_name_of_no_evaluation_is_told_before_anything_runs() -> None:
     def check(name: str, kind: str = "train") -> None:
-        check_names(
-            OmegaConf.create(
-                {"objective": name, "eval": {"knn": {}, "linear_fast": {}}, "study": {}}
-            ),
-            kind,
-        )
+        call = {"_target_": "relloc.evals.knn.Knn"}
+        of_a_preset = {"k": [20]}
+        evaluations = {"knn": call, "linear_fast": call, "linear": of_a_preset}
+        config = {"objective": name, "eval": evaluations, "study": {}}
+        check_names(OmegaConf.create(config), kind)
 
     for name in (
         "knn/feature4/top1_k20",

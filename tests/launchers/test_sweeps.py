@@ -506,6 +506,12 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
         odd = relloc(tmp_path, "train", "launcher=slurm", "launcher.dry_run=true", *words)
         assert (odd.returncode, odd.stderr.startswith(f"relloc: {told}")) == (2, True), odd.stderr
         assert odd.stderr.count("\n") == 1
+    # The preset has this setting, but no point measures what it belongs to.
+    words = ("experiment=gap_jitter_small", "data.root=.", "eval=[],[knn]")
+    unused = "eval.voc07_low_shot.shots"
+    odd = relloc(tmp_path, "train", "-m", "launcher=local", *words, f"{unused}=[1]")
+    assert (odd.returncode, unused in odd.stderr) == (2, True), odd.stderr
+    assert not list(tmp_path.rglob("code"))
     damaged = tmp_path / "runs/sweeps/s/sweep.json"
     damaged.parent.mkdir(parents=True, exist_ok=True)
     damaged.write_text('{"points": [')

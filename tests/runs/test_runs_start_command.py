@@ -10,6 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from relloc.errors import DataError, UsageError
+from relloc.runs.data_of_run import CONFIG_FILE
+from relloc.runs.invocation import Invocation
 from relloc.runs.start_command import start_command
 
 Launched = Callable[..., int]
@@ -282,3 +284,57 @@ def test_messages_do_not_act_on_the_terminal(
 
     assert launched(fail, "evaluate") == 2
     assert capsys.readouterr().err == "relloc: no \\x1b[31mimages\\r\n"
+
+
+OF_A_PRESET = ("experiment=gap_jitter_small", "data.root=/x")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval=[]", "eval.voc07_low_shot.shots=[1]"),
+        ("eval=[]", "eval.linear_fast.data.root=/y"),
+        ("eval=[knn]", "eval.linear_fast.data.name=y"),
+        ("eval=[linear_fast]", "eval.knn.data.root=/y"),
+        ("eval=[linear_fast]", "data@eval.knn.data=photos"),
+        ("eval=[linear_fast]", "+eval.mine={k: 3}"),
+    ],
+    ids=" ".join,
+)
+def test_a_typed_setting_of_an_evaluation_that_is_left_out_is_refused(
+    launched: Launched, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert launched(refuse, "train", *OF_A_PRESET, *words) == 2
+    message = capsys.readouterr().err
+    name = re.split("[.=]", words[1].removeprefix("data@"))[1]
+    assert f"eval.{name}" in message
+    # Which evaluation would use it, if it is one
+    assert f"eval={name}" in message or name == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval=[]",),
+        ("eval=[]", "study=[]"),
+        # The folder of linear_fast is that of knn too.
+        ("eval=[knn]", "eval.linear_fast.data.root=/y"),
+        ("eval=[knn]", "~eval.voc07_low_shot.shots"),
+        ("eval=[linear_fast]", "eval.linear_fast.data.root=/y"),
+    ],
+    ids=" ".join,
+)
+def test_an_evaluation_of_a_preset_may_be_left_out(
+    launched: Launched, words: tuple[str, ...]
+) -> None:
+    recorded = []
+
+    def note(config: DictConfig) -> None:
+        recorded.append(Invocation.of(config))
+
+    assert launched(note, "train", *OF_A_PRESET, *words) == 0
+    [invocation] = recorded
+    chosen = {name for name in ("knn", "linear_fast") if name in words[0]}
+    assert set(invocation.settings["eval"]) == chosen
+    written = OmegaConf.create(invocation.files[CONFIG_FILE])
+    assert written == invocation.settings

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from relloc.errors import UsageError
 from relloc.results import RESULTS_FILE, Result, read_results
+from relloc.runs.settings import chosen_evaluations
 from relloc.terminal import quantity
 
 # Hydra's own sweeper, which runs a grid and needs no objective
@@ -49,8 +50,8 @@ def check_sweeper(config: DictConfig) -> None:
 def check_names(config: DictConfig, kind: str) -> None:
     """Raises `UsageError` if a point runs no evaluation that gives the result `objective` names."""
     evaluations = [
-        *(config.eval or {}),
-        *(config.study or {}),
+        *chosen_evaluations(config, "eval"),
+        *chosen_evaluations(config, "study"),
         *([_PRETEXT] if kind == "train" else []),
     ]
     for name in names_of(config):

@@ -30,7 +30,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from relloc.errors import Interrupted, UsageError
 from relloc.runs import data_of_run
 from relloc.runs.command_line import as_value
-from relloc.runs.settings import EVALUATING_COMMANDS, conf_dir
+from relloc.runs.explaining import check_evaluations
+from relloc.runs.settings import EVALUATING_COMMANDS, conf_dir, resolved
 from relloc.runs.start_command import refuse_chdir, users_environment
 from relloc.status import Status
 from relloc.sweeps.point_status import (
@@ -260,9 +261,9 @@ class PointsLauncher(Launcher):
         composed = []
         for given, overrides in zip(job_overrides, words_of_points, strict=True):
             config, launcher = self._composed_from(given)
-            resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # pyright: ignore[reportAssignmentType]
-            identity = identity_of(resolved)
-            name = name_of(overrides, swept, resolved["seed"])
+            settings = resolved(config)
+            identity = identity_of(settings)
+            name = name_of(overrides, swept, settings["seed"])
             # A launcher that a preset chose would submit the point once more.
             is_by_preset = launcher != "here" and not passing.names_launcher(given)
             here = ["launcher=here"] if is_by_preset else []
@@ -276,7 +277,7 @@ class PointsLauncher(Launcher):
                 cwd=os.getcwd(),
                 resend=self._resend(given, options) if self.submits_to_scheduler else (),
             )
-            composed.append(Composed(point=point, config=config, resolved=resolved))
+            composed.append(Composed(point=point, config=config, resolved=settings))
         return composed
 
     def _resend(self, given: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
@@ -310,6 +311,7 @@ class PointsLauncher(Launcher):
         setup = [str(line) for line in self.settings.get("setup") or []]
         for one in todo:
             check_names(one.config, self._kind)
+            check_evaluations(one.point.overrides, one.config)
         reasons = refusals(self._kind, [one.config for one in todo], setup)
         refused = []
         for one, reason in zip(todo, reasons, strict=True):
