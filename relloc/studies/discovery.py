@@ -8,18 +8,15 @@ many verified images are the clusters that were discovered, without any label (d
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from relloc import checks
-from relloc.data.image_set import ROLES, ImageSet, Splits
-from relloc.data.lists import THERE, MultiLabeled
-from relloc.data.subsets import evenly_spaced
+from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.views import check_view
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.contract import Context, Evaluation
@@ -27,19 +24,25 @@ from relloc.features.source import format_gib, free_gib
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.studies.best_images import BestImages, best_images, check_finite
-from relloc.studies.constellations import (
-    PATCHES,
-    SeedChoice,
-    draw_constellations,
-    patch_boxes,
+from relloc.studies.constellations import PATCHES, SeedChoice, draw_constellations, patch_boxes
+from relloc.studies.discovery_clusters import (
+    Cluster,
+    EncodedSeeds,
+    ranked_clusters,
+    select_sets,
 )
 from relloc.studies.discovery_files import (
-    Cluster,
     draw_curve,
     save_cluster_sheets,
     write_cluster_images,
     write_clusters,
     write_curve,
+)
+from relloc.studies.discovery_images import (
+    SearchedImages,
+    main_classes,
+    searched_images,
+    source_numbers,
 )
 from relloc.studies.patch_encoding import (
     EMBEDDING,
@@ -47,16 +50,9 @@ from relloc.studies.patch_encoding import (
     check_patch_settings,
     encode_patches,
 )
-from relloc.studies.patch_search import source_groups
 from relloc.studies.patch_sets import DenseGrid, GivenBoxes, RandomPatch
 from relloc.studies.patch_vectors import collect_patches
-from relloc.studies.purity_coverage import (
-    ImagesOfSets,
-    PurityCoverage,
-    Shows,
-    purity_coverage,
-    select_by_coverage,
-)
+from relloc.studies.purity_coverage import ImagesOfSets, PurityCoverage, Shows, purity_coverage
 from relloc.studies.square_fit import Verification
 
 _SETTING = "study.discovery"
@@ -109,7 +105,7 @@ class Discovery(Evaluation):
     version = 2
     layers = ()
 
-    split: str
+    split: Role
     classes: Sequence[str] | None
     n_images: int | None
     n_seeds: int
@@ -167,7 +163,7 @@ class Discovery(Evaluation):
             UsageError: a class is not one of the data set, or images have no labels to choose by.
             DataError: a list of classes is missing or damaged, or there are fewer than two images.
         """
-        self._collection(self._searched(splits))
+        self._searched_images(splits.of(self.split))
 
     def run(self, context: Context) -> Iterator[Score]:
         """Yields areas under the purity-coverage curve first, where images have labels.
@@ -182,67 +178,30 @@ class Discovery(Evaluation):
             UsageError: features are not finite, or the memory is too small.
             DataError: no image is large enough for a constellation.
         """
-        images = self._searched(context.splits)
-        collection = self._collection(images)
-        sources = _sources(images, collection.indices)
-        seeds = self._seeds(context, images, collection.indices)
-        best = self._best_images(context, images, collection.indices, sources, seeds)
+        images = context.splits.of(self.split)
+        searched = self._searched_images(images)
+        sources = source_numbers(images, searched.indices)
+        seeds = self._seeds(context, images, searched.indices)
+        best = self._best_images(context, images, searched.indices, sources, seeds)
         verified = self.verification.verified(best.boxes) & (best.images >= 0)
-        clusters = _ranked(seeds, best, verified.cpu(), self.set_size)
-
-        n_images = len(collection.indices)
-        position_of = {index: position for position, index in enumerate(collection.indices)}
-        with_set = [cluster for cluster in clusters if len(cluster.images) >= self.set_size]
-        sets = []
-        for cluster in with_set:
-            positions = [position_of[int(index)] for index in cluster.images[: self.set_size]]
-            sets.append(np.array(positions, dtype=np.int64))
-        numbers = select_by_coverage(sets, n_images, self.n_sets)
-        selected = [with_set[number] for number in numbers]
-        sets = [sets[number] for number in numbers]
-
+        clusters = ranked_clusters(seeds, best, verified.cpu(), self.set_size)
+        selected, sets = select_sets(
+            clusters, searched.indices, set_size=self.set_size, most=self.n_sets
+        )
+        n_images = len(searched.indices)
         curve = None
         shuffled: list[PurityCoverage] = []
-        if sets and collection.shows is not None:
-            curve = purity_coverage(sets, collection.shows, purest_first=self.purest_first)
-            shuffled = self._shuffled_curves(sets, collection.shows, context.seed)
-        self._write(context, images, clusters, selected, sets, collection, curve, shuffled)
-        is_labeled = collection.shows is not None
+        if sets and searched.shows is not None:
+            curve = purity_coverage(sets, searched.shows, purest_first=self.purest_first)
+            shuffled = self._shuffled_curves(sets, searched.shows, context.seed)
+        self._write(context, images, clusters, selected, sets, searched, curve, shuffled)
+        is_labeled = searched.shows is not None
         yield from self._scores(clusters, sets, n_images, curve, shuffled, is_labeled=is_labeled)
 
-    def _searched(self, splits: Splits) -> ImageSet:
-        return splits.train if self.split == "train" else splits.held_out
+    def _searched_images(self, images: ImageSet) -> SearchedImages:
+        return searched_images(images, self.classes, self.n_images, setting=_SETTING)
 
-    def _collection(self, images: ImageSet) -> "_Collection":
-        """Returns which images are searched, and what they show."""
-        shows = _shown_classes(images)
-        class_names: Sequence[str] = images.classes
-        indices = list(range(len(images)))
-        if self.classes is not None:
-            if shows is None:
-                raise UsageError(
-                    f"{_SETTING}.classes is {list(self.classes)}, but {images.name} {images.split} "
-                    "has no labels to choose images by: leave it out"
-                )
-            columns = []
-            for name in self.classes:
-                checks.one_of(f"{_SETTING}.classes", name, images.classes)
-                columns.append(images.classes.index(name))
-            class_names = tuple(self.classes)
-            shows = shows[:, columns]
-            indices = np.flatnonzero(shows.any(axis=1)).tolist()
-        if len(indices) < 2:
-            raise DataError(
-                f"{_SETTING} compares images with one another, but {images.name} {images.split} "
-                f"has only {len(indices)} to search: give more images, or other classes"
-            )
-        if self.n_images is not None:
-            indices = [indices[step] for step in evenly_spaced(len(indices), self.n_images)]
-        if shows is not None:
-            shows = shows[indices]
-        return _Collection(indices=indices, shows=shows, class_names=class_names)
-
-    def _seeds(self, context: Context, images: ImageSet, indices: Sequence[int]) -> "_EncodedSeeds":
+    def _seeds(self, context: Context, images: ImageSet, indices: Sequence[int]) -> EncodedSeeds:
         """Draws the constellations, which depend on images and seed alone, and encodes them."""
         choice = SeedChoice(
             sides_px=self.sides_px,
@@ -279,7 +238,7 @@ class Discovery(Evaluation):
         vectors = patches.vectors[self.layer]
         n_bad = int((~vectors.isfinite().all(dim=1)).sum())
         check_finite(n_bad, len(vectors), self.layer)
-        return _EncodedSeeds(
+        return EncodedSeeds(
             vectors=vectors.to(context.device),
             images=patches.images[::PATCHES],
             boxes=patches.boxes.unflatten(0, (-1, PATCHES)),
@@ -291,7 +250,7 @@ class Discovery(Evaluation):
         images: ImageSet,
         indices: Sequence[int],
         sources: Int64[Tensor, "n"],
-        seeds: "_EncodedSeeds",
+        seeds: EncodedSeeds,
     ) -> BestImages:
         top = min(self.top_images, len(indices) - 1)
         n_seeds = len(seeds.images)
@@ -340,14 +299,14 @@ class Discovery(Evaluation):
         clusters: Sequence[Cluster],
         selected: Sequence[Cluster],
         sets: ImagesOfSets,
-        collection: "_Collection",
+        searched: SearchedImages,
         curve: PurityCoverage | None,
         shuffled: Sequence[PurityCoverage],
     ) -> None:
         """Writes tables and pictures."""
         folder = context.folder
         title = f"{images.name} {images.split}, {self.layer}: {context.checkpoint}"
-        selected_classes = _main_classes(sets, collection)
+        selected_classes = main_classes(sets, searched)
         write_clusters(clusters, selected, selected_classes, images, folder)
         # Where few constellations have a set, the next best ones are still worth a look.
         numbers = {cluster.number for cluster in selected}
@@ -374,7 +333,7 @@ class Discovery(Evaluation):
             f"{len(best.images)} of {best.n_searched} images; {len(selected)} clusters of "
             f"{self.set_size} images: see {folder}"
         )
-        if not sets and collection.shows is not None:
+        if not sets and searched.shows is not None:
             context.print_line(
                 "discovery: no area under the purity-coverage curve, since no constellation has "
                 f"the {_SETTING}.set_size={self.set_size} verified images of a set"
@@ -489,100 +448,3 @@ class Discovery(Evaluation):
         )
         if self.classes is not None:
             yield f"images and purity of {', '.join(self.classes)} alone"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Collection:
-    """The images that are searched, by index, and which classes each shows, if that is known."""
-
-    indices: Sequence[int]
-    shows: Shows | None
-    class_names: Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _EncodedSeeds:
-    """Constellations: unit vectors of their m = 4 s patches on the device, images and boxes."""
-
-    vectors: Float32[Tensor, "m d"]
-    images: Int64[Tensor, "s"]
-    boxes: Int64[Tensor, "s 4 4"]
-
-
-def _sources(images: ImageSet, indices: Sequence[int]) -> Int64[Tensor, "n"]:
-    """Returns the number of the source of each image by index, and -1 for those not searched.
-
-    Raises:
-        DataError: all images that are searched are of one source.
-    """
-    sources = torch.full((len(images),), -1)
-    searched = torch.tensor(indices)
-    sources[searched] = source_groups(images, searched)
-    if int(sources.max()) < 1:
-        raise DataError(
-            f"all images of {images.name} {images.split} that are searched are of one source, "
-            f"{images.source(indices[0])}, and constellations are searched in others than their "
-            "own: give more images"
-        )
-    return sources
-
-
-def _shown_classes(images: ImageSet) -> Shows | None:
-    """Returns for each image and class whether the image shows it; None without labels.
-
-    A class that is only there as a difficult object (PASCAL VOC) does not count.
-    """
-    if isinstance(images, MultiLabeled):
-        return np.array(images.presence()) == THERE
-    if images.labels is None:
-        return None
-    labels = np.asarray(images.labels)
-    return labels[:, None] == np.arange(len(images.classes))
-
-
-def _main_classes(sets: ImagesOfSets, collection: _Collection) -> list[str]:
-    """Returns for each set the name of its most frequent class and its purity, or nothing."""
-    if collection.shows is None:
-        return [""] * len(sets)
-    names = []
-    for positions in sets:
-        shares = collection.shows[positions].mean(axis=0)
-        main = int(shares.argmax())
-        names.append(f"{collection.class_names[main]} {100 * shares[main]:.0f} %")
-    return names
-
-
-def _ranked(
-    seeds: _EncodedSeeds,
-    best: BestImages,
-    verified: Bool[Tensor, "s top"],
-    set_size: int,
-) -> list[Cluster]:
-    """Returns constellations from the one with most verified images on.
-
-    Of equally many, that with the higher mean score of its first `set_size` verified images comes
-    first (our choice), and then the one that was drawn first.
-    """
-    scores = best.scores.double().cpu()
-    images = best.images.cpu()
-    boxes = best.boxes.cpu()
-    clusters = []
-    keys = []
-    for number in range(len(images)):
-        columns = verified[number].nonzero().squeeze(1)
-        cluster = Cluster(
-            number=number,
-            seed_image=int(seeds.images[number]),
-            seed_boxes=seeds.boxes[number].numpy(),
-            images=images[number, columns].numpy(),
-            scores=scores[number, columns].numpy(),
-            boxes=boxes[number, columns].numpy(),
-            n_searched=int((images[number] >= 0).sum()),
-        )
-        mean_score = -math.inf
-        if len(columns):
-            mean_score = float(cluster.scores[:set_size].mean())
-        keys.append((-len(columns), -mean_score, number))
-        clusters.append(cluster)
-    order = sorted(range(len(clusters)), key=keys.__getitem__)
-    return [clusters[number] for number in order]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int, UInt8
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -20,6 +20,7 @@ from relloc.features.source import EncodeConfig, SeededIndex
 from relloc.files import path_as_text, writing
 from relloc.studies.contact_sheet import Tile, save_contact_sheets
 from relloc.studies.csv_tables import write_table
+from relloc.studies.discovery_clusters import Cluster, PatchBoxes
 from relloc.studies.purity_coverage import PurityCoverage
 
 CLUSTERS = "clusters.csv"
@@ -34,28 +35,6 @@ _CLUSTERS_PER_SHEET = 10
 _COLORS = ((228, 26, 28), (77, 175, 74), (55, 126, 255), (255, 200, 0))
 _BACKGROUND = (255, 255, 255)
 _IMAGES_AT_ONCE = 16  # that a worker process reads and hands over together
-
-PatchBoxes = Int[np.ndarray, "4 4"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Cluster:
-    """A constellation and the images in which it is verified, best match first.
-
-    Attributes:
-        number: its number among all constellations, in the order in which they were drawn.
-        seed_image, seed_boxes: the index of the image that it was drawn in, and its four patches.
-        images, scores, boxes: indices of images, sums of four correlations, and matched patches.
-        n_searched: number of best images among which these were verified.
-    """
-
-    number: int
-    seed_image: int
-    seed_boxes: PatchBoxes
-    images: Int[np.ndarray, "verified"]
-    scores: Float64[np.ndarray, "verified"]
-    boxes: Int[np.ndarray, "verified 4 4"]
-    n_searched: int
 
 
 def write_clusters(

@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from relloc import checks
-from relloc.data.image_set import ROLES, ImageSet
+from relloc.data.image_set import ROLES, ImageSet, Role
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import check_view
 from relloc.errors import DataError
@@ -78,7 +78,7 @@ class Neighbors(Evaluation):
     version = 2
 
     layers: Sequence[str]
-    split: str
+    split: Role
     n_images: int
     patches_per_image: int
     sides_px: Sequence[int]
@@ -111,7 +111,7 @@ class Neighbors(Evaluation):
             DataError: too many images can't be read, or too few have patches.
             UsageError: a chosen query is not there, or features are not finite.
         """
-        images = context.splits.train if self.split == "train" else context.splits.held_out
+        images = context.splits.of(self.split)
         # Wrong ones are told before the collection is encoded.
         chosen_indices = images_of_chosen(f"{_SETTING}.chosen", self.chosen, images)
         collection = self._collection(images, context)
