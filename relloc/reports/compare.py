@@ -7,7 +7,13 @@ numbers it stands beside, and whether it is the best of ours.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from relloc.reports.lines import disambiguate, group_of, label_lines, name_images
+from relloc.reports.lines import (
+    disambiguate,
+    group_of,
+    image_words,
+    label_lines,
+    name_images,
+)
 from relloc.reports.load import Line, Measured, newest
 from relloc.reports.published import (
     BEST_LAYER,
@@ -41,7 +47,7 @@ class ReportEntry:
     Attributes:
         measured: The result and its run.
         label: The name of its line.
-        group: `CARD_GROUP`, or the name of the other images that it was measured on.
+        group: `CARD_GROUP`, or the study, or the name of the other images that it was measured on.
         is_shown: Whether a table shows it; CSV has all numbers.
         compared_with: The published numbers that it is compared with.
         is_best: Whether none of our numbers in its column is better.
@@ -68,7 +74,7 @@ class ReportEntry:
         """What distinguishes the number's row from others with the same label.
 
         It is the variant, and on the card also the view and the images where these are not as
-        published. In other groups the title names view and images.
+        published. In other groups the title, or a table itself, names view and images.
         """
         row = self.result
         words = [row.variant]
@@ -273,5 +279,7 @@ def _bold_group(entry: ReportEntry) -> tuple[object, ...]:
         return ()
     # Layers that are lines of one column compete with each other
     variant = "" if row.variant == row.layer else row.variant
-    images = entry.measured.images if entry.group == CARD_GROUP else ""
-    return entry.group, row.table, row.column, variant, foreign_view(row), images
+    images = (foreign_view(row), entry.measured.images)
+    if entry.group != CARD_GROUP:
+        images = tuple(image_words(entry.measured))
+    return entry.group, row.table, row.column, variant, images

@@ -22,11 +22,19 @@ _DIGITS = 8  # of a digest, as git shows ten of a commit: enough to find it in r
 def group_of(each: Measured) -> str:
     """Returns the title of the group of tables that a number belongs to.
 
-    It is `CARD_GROUP`, or the data set, split, number of images, and view.
+    It is `CARD_GROUP`, or the name of a study, whose numbers stand together though some of them may
+    be about other images than the rest, or else the images.
     """
-    row = each.result
-    if is_on_card(row):
+    if is_on_card(each.result):
         return CARD_GROUP
+    if each.result.kind == "study":
+        return f"Study {each.result.eval}"
+    return ", ".join(image_words(each))
+
+
+def image_words(each: Measured) -> list[str]:
+    """Returns what says which images a number is about: data set and split, how many, and view."""
+    row = each.result
     # The pretext task is evaluated on pairs of patches, of which an image has several
     unit = "pairs" if row.kind == "pretext" else "images"
     words = (
@@ -35,7 +43,7 @@ def group_of(each: Measured) -> str:
         each.images,
         row.view,
     )
-    return ", ".join(filter(None, words))
+    return [word for word in words if word]
 
 
 def name_images(results: Sequence[Measured]) -> list[Measured]:
@@ -77,11 +85,13 @@ def disambiguate(results: Sequence[Measured]) -> list[Measured]:
     tables: dict[tuple[object, ...], list[Measured]] = {}
     for each in results:
         row = each.result
+        # A table of a study has numbers in several views, which belong to one measurement
+        view = "" if row.kind == "study" else row.view
         key = (
             each.line,
             row.table or row.eval,
             group_of(each),
-            row.view,
+            view,
         )
         tables.setdefault(key, []).append(each)
     separated: list[Measured] = []

@@ -1,12 +1,13 @@
 """Builds the tables of a report, which all output formats share.
 
-A report has a group of tables for the published card, where ours have to do with it, and one for
-each other set of images. In each table the published rows stand first, then ours.
+A report has a group of tables for the published card, where ours have to do with it, one for each
+study, and one for each other set of images. In each table the published rows stand first, then
+ours.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from relloc.reports.compare import (
     ABOVE,
@@ -17,7 +18,7 @@ from relloc.reports.compare import (
     make_entries,
     signed_value,
 )
-from relloc.reports.lines import natural_sort_key
+from relloc.reports.lines import image_words, natural_sort_key
 from relloc.reports.load import Measured
 from relloc.reports.missing import FILL_CARD, MissingEvaluations, advice, missing_evaluations
 from relloc.reports.published import (
@@ -40,6 +41,7 @@ from relloc.results import LAYERS, Result
 # The choices of --rows: published relative location and its controls, or other pretext tasks too
 ROWS = ("card", "all")
 MISSING = "—"  # the text of a cell of ours that is not measured
+_PERCENT = "%"
 # Lines of other images whose numbers a caption gives: the tables of these images have all of them.
 _MOST_LINES_NAMED = 3
 
@@ -48,10 +50,10 @@ _MOST_LINES_NAMED = 3
 class Cell:
     """A number as a table shows it.
 
-    `text` is the number. `spread` follows it, such as "± 0.8", and so does `mark`, which compares
-    it with the published number. `note` becomes a numbered note, which cells of the same origin
-    share; it is "" where the row has the note. `details` is all that is known of this number, which
-    HTML shows on hovering.
+    `text` is the number. `spread` follows it, such as "± 0.8" or "(8.1 to 9.7)", and so does
+    `mark`, which compares it with the published number. `note` becomes a numbered note, which
+    cells of the same origin share; it is "" where the row has notes. `details` is all that is known
+    of this number, which HTML shows on hovering.
     """
 
     text: str
@@ -67,7 +69,7 @@ class Row:
     """A line of a table.
 
     `setting` says what differs from the published protocol. `cells` has one item for each column;
-    None is shown as `empty`. `note` is a note on all cells of the row.
+    None is shown as `empty`. `notes` are notes on all cells of the row.
     """
 
     label: str
@@ -75,7 +77,7 @@ class Row:
     cells: tuple[Cell | None, ...]
     setting: str = ""
     empty: str = ""
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,8 @@ class Table:
         """The notes of rows and cells, each once, with numbers from 1 in reading order."""
         numbers: dict[str, int] = {}
         for row in self.rows:
-            # The row's own note stands before those of its cells
-            texts = [row.note]
+            # The row's own notes stand before those of its cells
+            texts = list(row.notes)
             for cell in row.cells:
                 if cell:
                     texts.append(cell.note)
@@ -105,7 +107,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """The tables of numbers that were measured on the same images."""
+    """The tables of numbers that were measured on the same images, or by the same study."""
 
     title: str
     tables: tuple[Table, ...]
@@ -204,8 +206,11 @@ def _table(
     if published:
         sentences = _caption(title, entries, on_other_images, numbers)
         caption = " ".join(sentences)
+    shared_images = _shared_images(entries)
+    if shared_images:
+        caption = f"Images: {', '.join(shared_images)}."
     rows = list(_published_rows(numbers, ordered))
-    rows += _our_rows(entries, ordered)
+    rows += _our_rows(entries, ordered, shared_images)
     return Table(
         title=title,
         caption=caption,
@@ -327,11 +332,20 @@ def _published_cell(numbers: Sequence[Published]) -> Cell:
     return Cell(text=text, note=note, details=note)
 
 
-def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterable[Row]:
+def _our_rows(
+    entries: Sequence[ReportEntry], columns: Sequence[str], shared_images: Collection[str]
+) -> Iterable[Row]:
+    """Yields the rows of our numbers; the table itself says `shared_images` of a study."""
     # A row is a model with a setting: numbers by other settings have rows of their own
     rows: dict[tuple[str, str], dict[str, ReportEntry]] = {}
+    images_of = _images_by_setting(entries)
     for entry in entries:
-        in_column = rows.setdefault((entry.label, entry.setting), {})
+        words = [entry.setting]
+        # Where one setting was measured on several sets of images, each of them has a row
+        if len(images_of[entry.setting]) > 1:
+            words += _own_images(entry, shared_images)
+        setting = ", ".join(filter(None, words))
+        in_column = rows.setdefault((entry.label, setting), {})
         in_column[entry.result.column] = entry
     for (label, setting), in_column in rows.items():
         same_label = [entry for entry in entries if entry.label == label]
@@ -341,35 +355,83 @@ def _our_rows(entries: Sequence[ReportEntry], columns: Sequence[str]) -> Iterabl
         for entry in in_column.values():
             if entry.fills_card and not entry.measured.variant:
                 is_to_be_filled = True
+        units = {entry.result.unit for entry in in_column.values()}
+        # A unit that all numbers of a row have is said once, and percent not at all
+        unit = units.pop() if len(units) == 1 else _PERCENT
         cells = []
         for column in columns:
             entry = in_column.get(column)
-            cells.append(_our_cell(entry) if entry else None)
+            cells.append(_our_cell(entry, unit) if entry else None)
         # On the card each cell has a note of its own instead
         is_on_card = same_label[0].group == CARD_GROUP
+        notes = ()
+        if not is_on_card:
+            notes = _row_notes(list(in_column.values()), same_label, shared_images)
         yield Row(
             label=label,
             is_published=False,
             cells=tuple(cells),
-            setting=setting,
+            setting=", ".join(filter(None, (setting, unit if unit != _PERCENT else ""))),
             empty=MISSING if is_to_be_filled else "",
-            note="" if is_on_card else note(same_label),
+            notes=notes,
         )
 
 
-def _our_cell(entry: ReportEntry) -> Cell:
-    """Returns the cell of one of our numbers; only on the card it has a note of its own."""
+def _is_of_study(entry: ReportEntry) -> bool:
+    return entry.result.kind == "study"
+
+
+def _images_by_setting(entries: Sequence[ReportEntry]) -> dict[str, set[tuple[str, ...]]]:
+    """Returns the sets of images that each setting was measured on; none outside of studies.
+
+    The title of the group names the images elsewhere.
+    """
+    images: dict[str, set[tuple[str, ...]]] = {}
+    for entry in entries:
+        of_setting = images.setdefault(entry.setting, set())
+        if _is_of_study(entry):
+            of_setting.add(tuple(image_words(entry.measured)))
+    return images
+
+
+def _shared_images(entries: Sequence[ReportEntry]) -> list[str]:
+    """Returns the words on images that all numbers of a study's table share, else none."""
+    if not entries or not all(map(_is_of_study, entries)):
+        return []
+    words_of_each = [image_words(entry.measured) for entry in entries]
+    return _shared(words_of_each)
+
+
+def _own_images(entry: ReportEntry, shared_images: Collection[str]) -> list[str]:
+    """Returns the words on the images of a study's number that not all of its table share."""
+    if not _is_of_study(entry):
+        return []
+    return [word for word in image_words(entry.measured) if word not in shared_images]
+
+
+def _our_cell(entry: ReportEntry, unit: str) -> Cell:
+    """Returns the cell of one of our numbers; only on the card it has a note of its own.
+
+    `unit` is said by the row already.
+    """
     result = entry.result
     std = entry.spread.get("std")
     text = f"{result.value:.2f}"
+    if result.unit not in (unit, _PERCENT):
+        text += f" {result.unit}"
     # In such a column the layer is a part of the answer
     if result.column == BEST_LAYER:
         text += f" ({result.layer})"
+    spread = ""
+    if std is not None:
+        spread = f"± {std:.2f}"
+    elif result.low is not None and result.high is not None:
+        spread = f"({result.low:.2f} to {result.high:.2f})"
     return Cell(
         text=text,
         note=note([entry]) if entry.group == CARD_GROUP else "",
         details="\n".join(_details(entry)),
-        spread="" if std is None else f"± {std:.2f}",
+        spread=spread,
         mark=entry.mark,
         is_best=entry.is_best,
     )
@@ -393,15 +455,44 @@ def note(entries: Sequence[ReportEntry]) -> str:
 
     An ellipsis stands for facts that hold for some of the numbers only.
     """
+    shared_facts, has_more = _shared_facts(entries)
+    phrases = [*_origins(entries), *shared_facts]
+    if has_more:
+        phrases.append("…")
+    return "; ".join([*phrases, *_layer_reasons(entries)])
+
+
+def _row_notes(
+    in_row: Sequence[ReportEntry],
+    same_label: Sequence[ReportEntry],
+    shared_images: Collection[str],
+) -> tuple[str, ...]:
+    """Returns the notes of a row outside of the card: what holds for its line, then for it alone.
+
+    An ellipsis stands for facts that hold for some of the row's numbers only.
+
+    Args:
+        in_row: The numbers of the row.
+        same_label: Those of all rows of its line.
+        shared_images: The words on images that a study's table has said.
+    """
+    facts_of_line, _ = _shared_facts(same_label)
+    facts_of_row, has_more = _shared_facts(in_row)
+    of_row = [fact for fact in facts_of_row if fact not in facts_of_line]
+    own_images = _shared([_own_images(entry, shared_images) for entry in in_row])
+    # The view is both a fact and a word on images
+    of_row += [word for word in own_images if word not in (*facts_of_line, *of_row)]
+    of_line = [*_origins(same_label), *facts_of_line]
+    if has_more:
+        (of_row or of_line).append("…")
+    of_line += _layer_reasons(same_label)
+    notes = ["; ".join(of_line), "; ".join(of_row)]
+    return tuple(filter(None, notes))
+
+
+def _origins(entries: Sequence[ReportEntry]) -> list[str]:
+    """Returns phrases that name the runs, seeds and commits of some numbers."""
     runs = [entry.measured.run for entry in entries]
-    # Facts that all numbers share are listed once
-    facts_of_each = [facts(entry.result) for entry in entries]
-    shared = []
-    for fact in facts_of_each[0]:
-        if all(fact in own_facts for own_facts in facts_of_each):
-            shared.append(fact)
-    most_facts = max(map(len, facts_of_each))
-    gap = ["…"] if most_facts > len(shared) else []
     origins: Mapping[str, list[str]] = {
         "run": [run.name for run in runs],
         "seed": [str(entry.result.seed) for entry in entries],
@@ -412,12 +503,26 @@ def note(entries: Sequence[ReportEntry]) -> str:
         distinct = dict.fromkeys(values)
         listed = " and ".join(distinct)
         phrases.append(f"{name} {listed}")
+    return phrases
+
+
+def _shared_facts(entries: Sequence[ReportEntry]) -> tuple[list[str], bool]:
+    """Returns the facts that all of some numbers share, and whether some have others beside."""
+    facts_of_each = [facts(entry.result) for entry in entries]
+    shared = _shared(facts_of_each)
+    return shared, max(map(len, facts_of_each)) > len(shared)
+
+
+def _shared(texts_of_each: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the texts that are in all lists, in the order of the first."""
+    first = texts_of_each[0]
+    return [text for text in first if all(text in others for others in texts_of_each)]
+
+
+def _layer_reasons(entries: Sequence[ReportEntry]) -> list[str]:
+    """Returns why layers were chosen: each reason once, in the order of the numbers."""
     reasons = [entry.layer_reason for entry in entries if entry.layer_reason]
-    phrases += shared
-    phrases += gap
-    # Each reason once, in the order of the numbers
-    phrases += dict.fromkeys(reasons)
-    return "; ".join(phrases)
+    return list(dict.fromkeys(reasons))
 
 
 def short_commit(commit: str) -> str:
@@ -490,6 +595,8 @@ def _legend(entries: Sequence[ReportEntry], *, has_card: bool) -> Iterable[str]:
         "Bold: the highest of several rows of ours in a column with the same setting, supervised "
         "weights aside; the layers of nearest neighbors are rows that compete."
     )
+    if any(entry.is_shown and entry.result.low is not None for entry in entries):
+        yield "In parentheses after a number: its 95 % interval."
     if any(entry.result.spread for entry in entries):
         yield "± is the standard deviation over the draws of low-shot examples."
     replaced = sum(len(entry.measured.older) for entry in entries)

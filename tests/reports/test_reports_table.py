@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -473,8 +474,8 @@ def test_an_evaluation_that_the_card_does_not_have_gets_a_table_by_its_fields(
         for row in table.rows
         if row.cells[0]
     ] == [
-        ("random, seed 0", "twice", "2.00", False),
-        ("card2022, seed 0", "twice", "1.00", True),  # lower is better
+        ("random, seed 0", "twice, px", "2.00", False),
+        ("card2022, seed 0", "twice, px", "1.00", True),  # lower is better
     ]
     assert len(report.entries) == 3
 
@@ -507,6 +508,109 @@ def test_the_card_is_shown_where_a_number_has_to_do_with_it(
         assert {line["origin"] for line in lines} == {"ours"}
     asked = make_report(measured(row), rows="card")
     assert asked.groups[0].title == CARD_GROUP
+
+
+def study_row(result: Callable[..., Result], value: float, **fields: Any) -> Result:
+    """A number of a study of 300 photographs; `fields` replace its fields."""
+    of_study = {
+        "kind": "study",
+        "dataset": "photos",
+        "table": "Effects",
+        "column": "effect",
+        "variant": "",
+        "checkpoint": OURS,
+        "details": ("interval by source",),
+        "view": "center view",
+    }
+    metric = fields.pop("metric", "effect")
+    return result("mine", "", metric, value, **{**of_study, **fields})
+
+
+def test_numbers_of_a_study_stand_together_whatever_images_they_are_about(
+    result: Callable[..., Result],
+) -> None:
+    noise = {"dataset": "noise", "split": "generated", "n": 16, "view": "grids"}
+    rows = [
+        study_row(result, 4.0, variant="lens", unit="points", low=3.0, high=5.0, **noise),
+        study_row(result, 80.0, variant="padding", batch_norm="recalibrated"),
+        study_row(result, 70.0, variant="padding", batch_norm="recalibrated", checkpoint="random"),
+    ]
+    (group,) = make_report(measured(*rows)).groups
+    (table,) = group.tables
+    shown = []
+    for row in table.rows:
+        (cell,) = row.cells
+        assert cell
+        shown.append((row.label, row.setting, cell.text, cell.spread))
+    assert shown == [
+        ("random, recalibrated, seed 0", "padding", "70.00", ""),
+        ("card2022, seed 0", "lens, points", "4.00", "(3.00 to 5.00)"),
+        ("card2022, recalibrated, seed 0", "padding", "80.00", ""),
+    ]
+    # Not all are about the same images: a row's notes say about which it is
+    assert table.caption == ""
+    of_random, of_lens, _ = [" ".join(row.notes) for row in table.rows]
+    assert "photos val" in of_random
+    assert "300 images" in of_random
+    assert "noise generated" in of_lens
+    assert "16 images" in of_lens
+
+
+def test_a_table_of_a_study_says_once_which_images_it_is_about(
+    result: Callable[..., Result],
+) -> None:
+    rows = [
+        study_row(result, 4.0),
+        study_row(result, 5.0, checkpoint="random"),
+        study_row(result, 6.0, n=20),
+    ]
+    (group,) = make_report(measured(*rows[:2])).groups
+    assert "photos val, 300 images, center view" in group.tables[0].caption
+    assert [row.setting for row in group.tables[0].rows] == ["", ""]
+
+    # The same quantity on fewer images has a row of its own, and competes with none
+    (group,) = make_report(measured(*rows)).groups
+    (table,) = group.tables
+    assert "300" not in table.caption
+    assert [(row.label, row.setting) for row in table.rows] == [
+        ("random, seed 0", "300 images"),
+        ("card2022, seed 0", "300 images"),
+        ("card2022, seed 0", "20 images"),
+    ]
+    assert [cell.is_best for row in table.rows for cell in row.cells if cell] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_two_measurements_of_a_study_are_named_by_their_runs_in_all_rows(
+    result: Callable[..., Result],
+) -> None:
+    noise = {"dataset": "noise", "n": 16, "view": "grids", "variant": "lens"}
+    first = [study_row(result, 4.0, fingerprint="a", **noise), study_row(result, 1.0)]
+    second = [study_row(result, 5.0, fingerprint="b", **noise)]
+    both = [*measured(*first, run="a"), *measured(*second, run="b", started_ms=2)]
+    (group,) = make_report(both).groups
+    labels = [row.label for row in group.tables[0].rows]
+    assert labels == [
+        "card2022, seed 0, run a",
+        "card2022, seed 0, run a",
+        "card2022, seed 0, run b",
+    ]
+
+
+def test_a_unit_that_not_all_numbers_of_a_row_have_stands_beside_the_number(
+    result: Callable[..., Result],
+) -> None:
+    rows = [
+        study_row(result, 4.0, column="error", metric="error"),
+        study_row(result, 2.0, column="likelihood", metric="nll", unit="nats"),
+    ]
+    (group,) = make_report(measured(*rows)).groups
+    (row,) = group.tables[0].rows
+    assert [cell.text for cell in row.cells if cell] == ["4.00", "2.00 nats"]
+    assert row.setting == ""
 
 
 def test_columns_are_in_the_order_of_the_card_and_of_their_numbers() -> None:
