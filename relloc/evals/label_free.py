@@ -369,7 +369,8 @@ def _dense_scores(rank: Score, read: _Read, layer: str, context: Context) -> lis
             "random groups of 8",
         ),
     )
-    # The authors scale terms before they compare checkpoints, so each is kept, outside of tables.
+    # The authors scale terms before they compare checkpoints, so each is kept. They have columns of
+    # their own, and a line for each layer.
     terms = {
         "between": structure.between,
         "dimension": structure.dimension,
@@ -378,7 +379,13 @@ def _dense_scores(rank: Score, read: _Read, layer: str, context: Context) -> lis
     }
     scores = [dse]
     for name, value in terms.items():
-        scores.append(
-            dataclasses.replace(dse, table="", metric=f"dse_{name}", value=value, variant="")
+        term = dataclasses.replace(
+            dse,
+            metric=f"dse_{name}",
+            value=value,
+            table="Terms of DSE",
+            column=name.replace("_", " "),
+            variant=layer,
         )
+        scores.append(term)
     return scores

@@ -140,10 +140,10 @@ def _is_measure(row: Result) -> bool:
         return False
     if row.kind == "pretext":
         return row.headline
-    # Which direction is good of a measure without labels is not known beforehand. The terms of a
-    # measure are in no table
-    is_shown = bool(row.table and row.layer)
-    return row.kind == "frozen" and row.higher_is_better is None and is_shown
+    # Which direction is good of a measure without labels is not known beforehand. It has a column
+    # for each layer in its table; the terms of a measure have columns of their own
+    is_whole = bool(row.table and row.layer) and row.column == row.layer
+    return row.kind == "frozen" and row.higher_is_better is None and is_whole
 
 
 def _is_accuracy(row: Result) -> bool:

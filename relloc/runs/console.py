@@ -258,10 +258,11 @@ def print_measured(rows: Sequence[Result]) -> None:
 
     It has the headline metric and the other numbers of the evaluation's table.
     """
+    tables = {row.table for row in rows if row.headline and row.table}
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        # Rows of another variant belong to other tables.
-        is_in_table = row.table and row.variant in ("", row.layer)
+        # Rows of another variant are of another line of the table.
+        is_in_table = row.table in tables and row.variant in ("", row.layer)
         if row.headline or is_in_table:
             key = (row.layer, row.batch_norm.replace("_", " "))
             lines.setdefault(key, []).append(f"{row.metric} {row.value:.1f}")

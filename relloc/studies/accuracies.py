@@ -33,14 +33,25 @@ class Share:
     pairs: int
     images: int
 
-    def score(self, metric: str, details: tuple[str, ...] = ()) -> Score:
-        """Returns the accuracy as a result that no table of reports shows."""
+    def score(
+        self,
+        metric: str,
+        details: tuple[str, ...] = (),
+        *,
+        table: str = "",
+        column: str = "accuracy",
+        variant: str = "",
+    ) -> Score:
+        """Returns the accuracy as a result; `table`, `column` and `variant` as in a `Result`."""
         return Score(
             metric=metric,
             value=self.percent,
             low=self.low,
             high=self.high,
             n=self.images,
+            table=table,
+            column=column if table else "",
+            variant=variant,
             details=(f"{self.pairs:,} pairs", *details),
         )
 

@@ -184,7 +184,10 @@ def test_rows_say_what_each_measure_compared(tmp_path: Path) -> None:
     assert {"3.17"} == {lidar.protocol, dse.protocol}
     assert "4 patches of 32 px" in lidar.details[0]
     assert "64 places" in dse.details[0]  # 8 x 8 of stride 8
-    assert (dse.table, term.table) == (by_metric["rankme"].table, "")
+    assert (dse.table, dse.column) == (by_metric["rankme"].table, "feature2")
+    # Terms have a table with a column for each, so that nobody takes them for measures
+    assert term.table not in ("", dse.table)
+    assert (term.column, term.variant) == ("within image", "feature2")
     assert [score.metric for score in found if score.headline] == ["rankme"] * 3
 
 

@@ -40,8 +40,15 @@ def row(metric: str, value: float, layer: str = "feature4", **fields: object) ->
             "unit": "directions",
             "higher_is_better": None,
             "table": "Label-free measures",
+            "column": layer,
         },
-        "dse_between": {"eval": "label_free", "higher_is_better": None, "unit": "dimensionless"},
+        "dse_between": {
+            "eval": "label_free",
+            "higher_is_better": None,
+            "unit": "dimensionless",
+            "table": "Terms of DSE",
+            "column": "between",
+        },
         "top1": {"eval": "linear", "table": "Linear"},
         "miou": {"eval": "voc12aug_fcn", "kind": "fine-tuned", "dataset": "voc2012"},
     }

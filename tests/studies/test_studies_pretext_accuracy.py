@@ -1,3 +1,4 @@
+import collections
 import csv
 import dataclasses
 import math
@@ -95,6 +96,13 @@ def test_accuracy_and_interval_are_those_of_held_out_accuracy(tmp_path: Path) ->
     of_cats = 100 * (predicted[::2] == torch.arange(8)).double().mean()
     assert values(scores)["accuracy_class_cat"] == pytest.approx(float(of_cats))
     assert "accuracy_class_a_dog" in values(scores)
+    # Each number has a cell of its own in reports
+    cells = {(score.table, score.column, score.variant) for score in scores}
+    assert len(cells) == len(scores)
+    assert all(score.table and score.column for score in scores)
+    in_table = collections.Counter(score.table for score in scores)
+    n_classes = 2
+    assert sorted(in_table.values()) == [1, n_classes, 3, len(POSITIONS)]
 
 
 @pytest.mark.parametrize("places", [None, 5])
@@ -307,12 +315,15 @@ def test_accuracy_inside_and_outside_of_boxes(
     network = Constant(*(5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     out = tmp_path / "out"
     study = dataclasses.replace(STUDY, min_box_patches=0.5)
-    found = values(list(study.run(asked_context(images, pretext(network, STILL), out))))
+    scores = list(study.run(asked_context(images, pretext(network, STILL), out)))
+    found = values(scores)
     by_box = {}
     for name in ("inside", "outside", "across", "inside_thing", "inside_other"):
         if f"accuracy_{name}" in found:
             by_box[name] = found[f"accuracy_{name}"]
     assert by_box == pytest.approx(expected)
+    lines = {score.variant for score in scores if "boxes" in score.table}
+    assert lines == {name.replace("_", " ") for name in expected}
     assert [row["place"] for row in table(out / "by_box.csv")][1:] == [
         name for name in ("inside", "outside", "across", "inside_thing") if name in expected
     ]

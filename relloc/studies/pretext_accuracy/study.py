@@ -36,6 +36,12 @@ SPLITS = ("held_out", "train")
 # results.jsonl and MLflow.
 _MOST_CLASS_ROWS = 100
 _ALL = "all"
+# Titles of tables in reports
+_OVERALL = "Pretext accuracy of the study"
+_BY_POSITION = "Pretext accuracy by position"
+_BY_CLASS = "Pretext accuracy by class of the image"
+_BY_BOX = "Pretext accuracy inside and outside of objects' boxes"
+_CALIBRATION = "Pretext calibration"
 _Mask = Bool[np.ndarray, "grids 8"]
 
 
@@ -132,9 +138,7 @@ class Pretext(Evaluation):
         context.print_line(_in_words(overall))
         colors = type(context.pretext.patches.color).__name__ if context.pretext else ""
         headline = dataclasses.replace(
-            overall.score("accuracy"),
-            table="Pretext accuracy of the study",
-            column=self.view,
+            overall.score("accuracy", table=_OVERALL, column=self.view),
             headline=True,
             protocol="1.1" if self.places is None else "3.12",
         )
@@ -160,7 +164,8 @@ class Pretext(Evaluation):
             chosen[:, label] = True
             share = findings.share(position, chosen)
             shares.append(share)
-            yield share.score(f"accuracy_{position}")
+            column = position.replace("_", " ")
+            yield share.score(f"accuracy_{position}", table=_BY_POSITION, column=column)
         write_shares(shares, context.folder / "by_position.csv", of="position")
         predicted = findings.answers.logits.argmax(dim=2)
         counts = confusion(predicted)
@@ -185,11 +190,19 @@ class Pretext(Evaluation):
         of_bins = (
             f"{len(found.counts)} bins of about equally many of {findings.right.size:,} pairs",
         )
-        of_confidence = Score(metric="mean_confidence", value=100 * mean_confidence, n=n_images)
-        yield dataclasses.replace(of_confidence, higher_is_better=None)
+        yield Score(
+            metric="mean_confidence",
+            value=100 * mean_confidence,
+            table=_CALIBRATION,
+            column="mean probability of answers",
+            higher_is_better=None,
+            n=n_images,
+        )
         yield Score(
             metric="calibration_error",
             value=100 * found.expected_error,
+            table=_CALIBRATION,
+            column="expected calibration error",
             higher_is_better=False,
             n=n_images,
             details=of_bins,
@@ -200,6 +213,8 @@ class Pretext(Evaluation):
             low=low,
             high=high,
             unit="nats",
+            table=_CALIBRATION,
+            column="negative log-likelihood",
             higher_is_better=False,
             n=n_images,
             details=(f"chance is log 8 = {np.log(N_PAIRS):.3f}",),
@@ -230,7 +245,8 @@ class Pretext(Evaluation):
         draw_shares(shares, context.folder / "by_class.png", title=title)
         if len(shares) <= _MOST_CLASS_ROWS:
             for share in shares:
-                yield share.score(f"accuracy_class_{_as_metric(share.name)}")
+                metric = f"accuracy_class_{_as_metric(share.name)}"
+                yield share.score(metric, table=_BY_CLASS, variant=share.name)
 
     def _by_box(self, findings: "_Findings", overall: Share, context: Context) -> Iterator[Score]:
         images = findings.images
@@ -254,12 +270,14 @@ class Pretext(Evaluation):
             share = findings.share_or_none(name, chosen)
             if share is not None:
                 shares.append(share)
-                yield share.score(f"accuracy_{name}", details)
+                yield share.score(f"accuracy_{name}", details, table=_BY_BOX, variant=name)
         for number, class_name in classes_with_pairs(places, images.classes):
             name = f"inside_{class_name}"
             share = findings.share(name, places.of_class[:, :, number])
             shares.append(share)
-            yield share.score(f"accuracy_{_as_metric(name)}", details)
+            metric = f"accuracy_{_as_metric(name)}"
+            variant = f"inside {class_name}"
+            yield share.score(metric, details, table=_BY_BOX, variant=variant)
         write_shares(shares, context.folder / "by_box.csv", of="place")
         title = f"{images.name} {images.split}, inside and outside objects' boxes"
         draw_shares(shares, context.folder / "by_box.png", title=title)
