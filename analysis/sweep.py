@@ -107,12 +107,14 @@ for axis, ((sweep, title), ours) in zip(axes.flat, tables.items(), strict=False)
         )
     metric, _, images = title.partition(" on ")
     n = int(ours["count", layer].max())
-    axis.set_title(f"{sweep}: {metric}, {layer}\n{images}, {n} seeds", fontsize=7)
     # A unit other than percent follows the images
     images, _, unit = images.partition(", ")
-    axis.set(xlabel=axis_label(across), ylabel=f"{metric} ({unit or '%'})")
-    if others:
-        axis.legend(title=", ".join(map(axis_label, others)))
+    name = metric.replace("/", "\n", 1)
+    axis.set_title(f"{name}, {layer}\n{sweep}: {images}, {n} seeds", fontsize=7)
+    axis.set(xlabel=axis_label(across), ylabel=unit or "%")
+    if others and axis is axes.flat[0]:
+        # Curves of other panels have the same looks
+        axis.legend(title=", ".join(map(axis_label, others)), fontsize=6, title_fontsize=6)
 for file in save(figure, figures_folder(), "sweep"):
     print("saved", file)
 

@@ -16,6 +16,8 @@ from relloc.terminal import escaped, quantity
 
 # Titles and data frames as `mean_tables` yields them
 Tables = Sequence[tuple[str, Frame]]
+# Of a figure with several tables of few layers
+_LEAST_COLUMNS = 4
 
 
 def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
@@ -57,23 +59,35 @@ def _seeds(tables: Tables) -> str:
 
 
 def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
-    """Returns a figure with a row of heat maps for each table, a map for each layer."""
-    columns = max(len(table["mean"].columns) for _, table in tables)
+    """Returns a figure with a row of heat maps for each table, a map for each layer.
+
+    Tables of a single column share rows.
+    """
+    n_layers = [len(table["mean"].columns) for _, table in tables]
+    columns = max(*n_layers, min(n_layers.count(1), _LEAST_COLUMNS))
+    rows: list[list[tuple[str, Frame, str]]] = []
+    has_room = False
+    for title, table in tables:
+        panels = [(title, table, layer) for layer in table["mean"].columns]
+        if len(panels) == 1 and has_room:
+            rows[-1] += panels
+        else:
+            rows.append(panels)
+        has_room = len(panels) == 1 and len(rows[-1]) < columns
+
     # Inches: a frame, and room for a number in each cell
     _, first = tables[0]
     first_layer = our_lines(sweep, first)["mean"].iloc[:, 0]
     down, across = first_layer.unstack(0).shape
     width = max(2.9, 1.2 + 0.62 * across)
     height = max(2.3, 1.2 + 0.4 * down)
-    size = (width * columns, height * len(tables) + 0.4)
+    size = (width * columns, height * len(rows) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(tables), columns, squeeze=False)
-    for (title, table), axes in zip(tables, panels, strict=True):
-        layers = table["mean"].columns
-        # Tables with fewer layers leave their last panels empty
-        for axis in axes[len(layers) :]:
+    for panels, axes in zip(rows, figure.subplots(len(rows), columns, squeeze=False), strict=True):
+        for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        for axis, layer in zip(axes, layers, strict=False):
+        before = ""
+        for axis, (title, table, layer) in zip(axes, panels, strict=False):
             _map(axis, our_lines(sweep, table), layer)
             # The controls have one number for all settings, which the title has room for
             controls = []
@@ -82,9 +96,12 @@ def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
             heading = layer
             if controls:
                 heading += f" ({', '.join(controls)})"
+            # The first panel's own title stands below that of the table
+            if title != before:
+                metric, _, images = title.partition(" on ")
+                heading = f"{metric}\non {images}\n{heading}"
             axis.set_title(heading)
-        # The first panel's own title stands below that of the table
-        axes[0].set_title(f"{title}\n{axes[0].get_title(loc='left')}", loc="left")
+            before = title
     return figure
 
 

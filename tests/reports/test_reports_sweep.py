@@ -205,9 +205,36 @@ def test_maps_have_the_first_setting_across_and_the_other_up(
     assert means == ["10.5", "10.7", "—", "17.5", "17.7", "18.5"]
     assert axis.texts[0].get_text() == "10.5\n± 0.7"
     assert axis.get_title("left").split("\n") == [
-        "linear/top1 on photos val",
+        "linear/top1",
+        "on photos val",
         "feature4 (random 9.5)",
     ]
+
+
+def test_tables_of_a_single_column_share_a_row(
+    new_point: NewPoint, result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        result("linear", layer, "top1", 50.0, checkpoint="x") for layer in ("feature3", "feature4")
+    ]
+    for metric in ("effect_lens", "effect_black_border", "effect_continuity"):
+        rows.append(result("shortcuts", "", metric, 1.0, column="effect", checkpoint="x"))
+    made = [
+        new_point(*rows, gap_px=gap, jitter_px=jitter) for gap, jitter in ((0, 0), (0, 7), (8, 0))
+    ]
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw_sweep(read_sweep("s", made, done(made), "*"), Path("p.png"))
+    tops = {}
+    for axis in figures[0].axes:
+        title = axis.get_title("left")
+        if title and axis.get_visible():
+            tops[title.split("\n")[0]] = axis.get_subplotspec().rowspan.start
+    assert len(tops) == 5
+    of_linear = {row for name, row in tops.items() if name.startswith(("linear", "feature"))}
+    of_shortcuts = {row for name, row in tops.items() if name.startswith("shortcuts")}
+    assert (len(of_linear), len(of_shortcuts)) == (1, 1)
+    assert of_linear != of_shortcuts
 
 
 def test_of_one_setting_a_curve_is_drawn_with_its_spread(

@@ -205,6 +205,6 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
         evaluation(**changes)
 
 
-def test_any_batch_is_trained_on() -> None:
-    scores = by_metric(list(evaluation(batch=3, iterations=2).run(given())))
+def test_any_batch_is_trained_on(tmp_path: Path) -> None:
+    scores = by_metric(list(evaluation(batch=3, iterations=2).run(given(folder=tmp_path))))
     assert "2 iterations of 3 images" in scores["miou"].details
