@@ -15,16 +15,15 @@ from torch import Tensor
 
 from relloc.data.image_set import ImageSet
 from relloc.data.images import crop_resized
-from relloc.data.samples import SampleBatch, read_samples
 from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import PretextModel
 from relloc.features.source import EncodeConfig
 from relloc.geometry import CENTER, NEIGHBORS, PatchGrid
 from relloc.seeds import Use, seed_for
+from relloc.studies.image_reading import IMAGES_AT_ONCE, read_counted
 
 PairBoxes = Float64[np.ndarray, "n 8 4"]  # x1 y1 x2 y2 in pixels of the stored image
 Logits = Float[Tensor, "n 8 8"]  # grid, pair, label
-_GRIDS_AT_ONCE = 16  # that a worker process cuts and hands over together, about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,27 +168,21 @@ def ask(
     """
     use = Use.HELD_OUT_CROP if places is None else Use.ASKED_PLACES
     keys = [(index, seed_for(use, seed, index)) for index in indices]
-    images_at_once = max(1, _GRIDS_AT_ONCE // (places or 1))
-    batches = [
-        keys[start : start + images_at_once] for start in range(0, len(keys), images_at_once)
-    ]
-    read = read_samples(
+    read = read_counted(
         images,
         ReadGrids(images=images, grid=grid, places=places),
-        batches,
-        workers=config.workers,
-        stopping=config.stopping,
+        keys,
+        f"questions about {images.name} {images.split}",
+        config=config,
+        # Of many grids of an image, about as many as of one grid of each image
+        at_once=max(1, IMAGES_AT_ONCE // (places or 1)),
     )
-    shown = config.progress(read, f"questions about {images.name} {images.split}", len(batches))
-    unreadable = config.unreadable_of(len(images))
     pipeline = dataclasses.replace(pretext.patches, grid=grid)
     asked: list[_Asked] = []
     logits = []
 
     def drawn_grids() -> Iterator[tuple[Tensor, ...]]:
-        sample_batch: SampleBatch[ImageGrids]
-        for sample_batch in shown:
-            unreadable.add(sample_batch.unreadable)
+        for sample_batch in read:
             for sample in sample_batch.samples:
                 crops = torch.from_numpy(sample.crops).permute(0, 3, 1, 2)
                 patches_seed = seed_for(Use.ASKED_PATCHES, seed, sample.index)

@@ -11,14 +11,13 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
 from relloc.data.image_set import ImageSet
-from relloc.data.samples import read_samples
 from relloc.features.source import EncodeConfig
 from relloc.seeds import Use, seed_for
+from relloc.studies.image_reading import read_counted
 
 Squares = Int64[np.ndarray, "n 3"]  # left, top, and the side of a patch (half that of the square)
 PATCHES = 4  # of a constellation
 _Cumulative = Float64[np.ndarray, "places"]  # sums of the weights of a place and those before
-_IMAGES_AT_ONCE = 16  # that a worker process reads before it answers
 # How often a place is drawn anew where it overlaps an earlier constellation too much.
 _TRIES = 20
 
@@ -161,20 +160,9 @@ def draw_constellations(
     keys = []
     for index in counts:
         keys.append((index, seed_for(Use.DISCOVERY_SEEDS, seed, index)))
-    batches = []
-    for start in range(0, len(keys), _IMAGES_AT_ONCE):
-        batches.append(keys[start : start + _IMAGES_AT_ONCE])
-    read = read_samples(
-        images,
-        _DrawInImage(images=images, counts=counts, choice=choice),
-        batches,
-        workers=config.workers,
-        stopping=config.stopping,
-    )
-    unreadable = config.unreadable_of(len(images))
+    draw = _DrawInImage(images=images, counts=counts, choice=choice)
     drawn: dict[int, Squares] = {}
-    for batch in config.progress(read, "constellations", len(batches)):
-        unreadable.add(batch.unreadable)
+    for batch in read_counted(images, draw, keys, "constellations", config=config):
         for sample in batch.samples:
             if len(sample.squares):
                 drawn[sample.index] = sample.squares

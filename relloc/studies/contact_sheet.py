@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from relloc.data.image_set import ImageSet
-from relloc.data.samples import read_samples
 from relloc.features.source import EncodeConfig
 from relloc.files import path_as_text, writing
+from relloc.studies.image_reading import read_each
 from relloc.terminal import escaped
 
 Rgb = tuple[int, int, int]
@@ -41,7 +41,6 @@ _WHITE: Rgb = (255, 255, 255)
 _BLACK: Rgb = (20, 20, 20)
 _GRAY: Rgb = (205, 205, 205)
 _FRAME_COLOR: Rgb = (214, 39, 40)
-_IMAGES_AT_ONCE = 16  # that a worker process reads and hands over together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,13 +195,9 @@ def read_patches(
         boxes_of[index] = [tuple(boxes[number].tolist()) for number in numbers]
     # Nothing is random here: the seed of a key has no effect.
     keys = [(index, 0) for index in numbers_of]
-    batches = [
-        keys[start : start + _IMAGES_AT_ONCE] for start in range(0, len(keys), _IMAGES_AT_ONCE)
-    ]
     make = _CutPatches(images=images, boxes_of=boxes_of, px=px)
     found: list[Pixels | None] = [None] * len(indices)
-    read = read_samples(images, make, batches, workers=config.workers, stopping=config.stopping)
-    for batch in read:
+    for batch in read_each(images, make, keys, config=config):
         for index, patches in batch.samples:
             for number, pixels in zip(numbers_of[index], patches, strict=True):
                 found[number] = pixels

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from relloc.data.image_set import ImageSet
-from relloc.data.samples import read_samples
 from relloc.features.source import EncodeConfig, SeededIndex
 from relloc.files import path_as_text, writing
 from relloc.studies.contact_sheet import Tile, save_contact_sheets
 from relloc.studies.csv_tables import write_table
 from relloc.studies.discovery_clusters import Cluster, PatchBoxes
+from relloc.studies.image_reading import read_each
 from relloc.studies.purity_coverage import PurityCoverage
 
 CLUSTERS = "clusters.csv"
@@ -34,7 +34,6 @@ _CLUSTERS_PER_SHEET = 10
 # Of the patches in the order of `CORNERS`: upper left, upper right, lower left, lower right
 _COLORS = ((228, 26, 28), (77, 175, 74), (55, 126, 255), (255, 200, 0))
 _BACKGROUND = (255, 255, 255)
-_IMAGES_AT_ONCE = 16  # that a worker process reads and hands over together
 
 
 def write_clusters(
@@ -204,22 +203,10 @@ def _images_with_boxes(
     config: EncodeConfig,
 ) -> list[UInt8[np.ndarray, "p p 3"] | None]:
     """Returns squares with an image and its boxes for each key; None where it can't be read."""
-    batches = []
-    for start in range(0, len(keys), _IMAGES_AT_ONCE):
-        batches.append(list(keys[start : start + _IMAGES_AT_ONCE]))
     drawn: list[UInt8[np.ndarray, "p p 3"] | None] = [None] * len(keys)
-    read = read_samples(
-        images,
-        _DrawBoxes(images=images, boxes=boxes),
-        batches,
-        workers=config.workers,
-        stopping=config.stopping,
-    )
-    first = 0
-    for keys_of_batch, batch in zip(batches, read, strict=True):
+    for batch in read_each(images, _DrawBoxes(images=images, boxes=boxes), keys, config=config):
         for place, pixels in zip(batch.places, batch.samples, strict=True):
-            drawn[first + place] = pixels
-        first += len(keys_of_batch)
+            drawn[place] = pixels
     return drawn
 
 

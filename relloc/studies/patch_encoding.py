@@ -22,19 +22,17 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.data.image_set import ImageSet
-from relloc.data.loader import Unreadable
-from relloc.data.samples import read_samples
+from relloc.data.samples import SampleBatch
 from relloc.features.source import EncodeConfig, SeededIndex
 from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.normalize import ByDataset
+from relloc.studies.image_reading import read_counted
 from relloc.studies.patch_cutting import cut_resized, flat_images
 from relloc.studies.patch_sets import Boxes, MakeBoxes
 
 EMBEDDING = "embedding"
 PATCH_LAYERS: tuple[str, ...] = (*STAGES, EMBEDDING)
 PatchFeatures = dict[str, Float[Tensor, "b _d"]]  # by layer
-
-_IMAGES_AT_ONCE = 16  # that a worker process reads and hands over together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,20 +101,14 @@ def encode_patches(
         DataError: more images can't be read than `config.unreadable_share` allows.
         ValueError: a box lies not within its image, or there are more boxes than `most`.
     """
-    batches = []
-    for start in range(0, len(keys), _IMAGES_AT_ONCE):
-        batches.append(list(keys[start : start + _IMAGES_AT_ONCE]))
-    read = read_samples(
+    read = read_counted(
         images,
         _ReadWithBoxes(images=images, make_boxes=make_boxes),
-        batches,
-        workers=config.workers,
-        stopping=config.stopping,
+        keys,
+        what,
+        config=config,
     )
-    unreadable = config.unreadable_of(len(images))
-    shown = config.progress(read, what, len(batches))
-    chosen = _chosen_patches(shown, unreadable)
-    for patches, part in _full_batches(chosen, patch_px, batch, config.device):
+    for patches, part in _full_batches(_chosen_patches(read), patch_px, batch, config.device):
         features = patch_features(backbone, patches, tuple(layers), config.bf16)
         yield EncodedPatches(
             features=features,
@@ -210,24 +202,20 @@ class _Chosen:
         )
 
 
-def _chosen_patches(read: Iterable, unreadable: Unreadable) -> Iterator[_Chosen]:
-    """Yields the patches of each batch of images that was read, and counts unreadable images."""
-    first_place = 0
+def _chosen_patches(read: Iterable[SampleBatch[_ImageWithBoxes]]) -> Iterator[_Chosen]:
+    """Yields the patches of each batch of images that was read."""
     for sample_batch in read:
-        unreadable.add(sample_batch.unreadable)
-        samples: Sequence[_ImageWithBoxes] = sample_batch.samples
+        samples = sample_batch.samples
         counts = [len(sample.boxes) for sample in samples]
         indices = [sample.index for sample in samples]
-        places = [first_place + place for place in sample_batch.places]
         boxes = [np.zeros((0, 4), dtype=np.int64), *(sample.boxes for sample in samples)]
         yield _Chosen(
             pixels=[sample.pixels for sample in samples],
             numbers=np.repeat(np.arange(len(samples)), counts),
             images=np.repeat(np.array(indices, dtype=np.int64), counts),
-            places=np.repeat(np.array(places, dtype=np.int64), counts),
+            places=np.repeat(np.array(sample_batch.places, dtype=np.int64), counts),
             boxes=np.concatenate(boxes),
         )
-        first_place += _IMAGES_AT_ONCE
 
 
 def _full_batches(
