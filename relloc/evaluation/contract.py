@@ -167,6 +167,9 @@ class Evaluation(abc.ABC):
     keeps_features: ClassVar[bool] = False
     # A fine-tuned evaluation whose test encodes as many images at once as `EncodeConfig.batch` has.
     tests_in_shared_batches: ClassVar[bool] = False
+    # Batch norm is recalibrated on as many images at once as `EncodeConfig.batch` has, which then
+    # decides numbers. A training of its own samples has a batch of its own.
+    calibrates_in_shared_batches: ClassVar[bool] = True
     # The network of the pretext task is loaded too, where the checkpoint has one.
     wants_pretext: ClassVar[bool] = False
     # Nothing can be measured without that network: weights that have none are left out.

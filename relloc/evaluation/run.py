@@ -136,14 +136,13 @@ def fingerprint(
             if isinstance(split, MultiLabeled):
                 images.append(hash_lines(map(str, split.presence())))
 
-    # The batch size decides numbers only where batch statistics are estimated.
+    # The batch size decides numbers only where batch statistics are estimated, and not where that
+    # is done in batches of the evaluation's own.
     calibration = ()
     if batch_norm == "recalibrated":
-        calibration = (
-            _CALIBRATION_VERSION,
-            settings.calibration_images,
-            settings.encode_config.batch,
-        )
+        calibration = (_CALIBRATION_VERSION, settings.calibration_images)
+        if evaluation.calibrates_in_shared_batches:
+            calibration = (*calibration, settings.encode_config.batch)
         # Of most evaluations it is 0, which their results on disk were hashed without.
         if evaluation.calibration_version:
             calibration = (*calibration, evaluation.calibration_version)

@@ -71,6 +71,7 @@ class IterativeFineTuning(Evaluation):
     kind = "fine-tuned"
     labels = "own"
     across_ranks = True
+    calibrates_in_shared_batches = False
     layers = ()
     # Whether all training samples have one size, so that a network is compiled once for them all.
     one_size: ClassVar[bool] = False

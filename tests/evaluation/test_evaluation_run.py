@@ -541,6 +541,13 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
     monkeypatch.setattr(type(evaluation), "calibration_version", 1)
     assert fingerprint(evaluation, model, splits, settings(), "recalibrated") != before
     assert fingerprint(evaluation, model, splits, settings(), "as_trained") == usual
+    # A training that recalibrates in batches of its own does not know that of the run.
+    monkeypatch.setattr(type(evaluation), "calibrates_in_shared_batches", False)
+    of_batches = [
+        fingerprint(evaluation, model, splits, settings(batch=batch), "recalibrated")
+        for batch in (4, 8)
+    ]
+    assert of_batches[0] == of_batches[1] != before
     moved = dataclasses.replace(model, checkpoint="/elsewhere/backbone.safetensors")
     assert usual == fingerprint(evaluation, moved, splits, settings(), "as_trained")
 
