@@ -15,7 +15,8 @@ them are to be compared by "TFLOP/s". Nothing is compiled, but for a side "rello
 
 Networks of torchvision: fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn and fcn_resnet50, whose head
 is smaller than ours. It has no Faster R-CNN C4, so that beside the pyramid, another architecture,
-stands a C4 put together from its parts.
+stands a C4 put together from its parts. Nor has it a Fast R-CNN on given proposals, so that
+voc07_fast_rcnn, of the AlexNet-like network and 2,000 random proposals an image, stands alone.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.segmentation import fcn_resnet50
 from torchvision.ops import MultiScaleRoIAlign
-from written_data import write_cityscapes, write_coco, write_voc
+from written_data import write_cityscapes, write_coco, write_voc, write_voc_with_proposals
 
 from relloc.data.annotations import VOID
 from relloc.evaluation.contract import Context, NamedEvaluation, NullState
@@ -78,10 +79,14 @@ class Task:
     Attributes:
         write: writes its data set of so many images into a folder.
         twins: torchvision's networks by their names, made for a number of classes.
+        model: the member of conf/model that is trained.
+        proposals: the folder of proposals below that of the images; empty where there are none.
     """
 
     write: Callable[[Path, int], None]
     twins: Mapping[str, Callable[[int], nn.Module]]
+    model: str = "resnet50"
+    proposals: str = ""
 
 
 def _pyramid(make: Callable[..., nn.Module]) -> Callable[[int], nn.Module]:
@@ -135,6 +140,9 @@ TASKS = {
     ),
     "voc12aug_fcn": Task(write=write_voc, twins={"torchvision": _fcn}),
     "cityscapes_fcn": Task(write=write_cityscapes, twins={"torchvision": _fcn}),
+    "voc07_fast_rcnn": Task(
+        write=write_voc_with_proposals, twins={}, model="alexnet", proposals="proposals"
+    ),
 }
 
 
@@ -180,7 +188,7 @@ def main() -> None:
             rows += found
             ratios |= _ratios(found)
     tell(
-        "fine-tuning ResNet-50, images read from files",
+        "fine-tuning, images read from files",
         rows,
         ratios,
         options.json,
@@ -245,7 +253,7 @@ def _timed_task(
         raise TypeError(f"eval={name} does not train for a number of iterations")
     # Those of COCO are counted in epochs of the whole set.
     evaluation = dataclasses.replace(evaluation, iterations=evaluation.published["iterations"])
-    backbone = build.model_of_conf("resnet50").backbone(0)
+    backbone = build.model_of_conf(TASKS[name].model).backbone(0)
     how.place(backbone)
     context = _context(settings, how, backbone, named)
 
@@ -307,15 +315,18 @@ def _read_per_s(evaluation: IterativeFineTuning, context: Context) -> float:
 
 def _evaluating(name: str, root: Path, overrides: Sequence[str]) -> Evaluating:
     data = f"eval.{name}.data"
+    task = TASKS[name]
     words = [
         "checkpoint=random",
-        "model=resnet50",
+        f"model={task.model}",
         f"eval=[{name}]",
         f"{data}.root={root}",
         # The written sets have other numbers of images than the real ones.
         f"{data}.source.published_images=null",
         *overrides,
     ]
+    if task.proposals:
+        words.append(f"{data}.proposals={root / task.proposals}")
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return build.evaluating(compose("evaluate", words))
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
+from scipy.io import savemat
 
 from relloc.data.cityscapes import CLASSES as CITYSCAPES_CLASSES
 from relloc.data.lists import VOC_CLASSES
@@ -29,6 +30,8 @@ _QUALITY = 95
 # Objects an image: 2.9 in VOC2007+2012 trainval with difficult ones, 7.3 in COCO train2017.
 _VOC_OBJECTS = 2.9
 _COCO_OBJECTS = 7.3
+# About as many as selective search finds in an image of VOC2007.
+_VOC_PROPOSALS = 2_000
 # A Cityscapes image has about 20 labeled objects, beside road, buildings and sky.
 _CITYSCAPES_OBJECTS = 20
 _COCO_CLASSES = 80
@@ -97,6 +100,32 @@ def write_voc(root: Path, n_images: int) -> None:
             annotation.write_text(_voc_annotation(objects, height, width))
 
     _in_threads(write, len(names))
+
+
+def write_voc_with_proposals(root: Path, n_images: int) -> None:
+    """Writes what `write_voc` writes, and random proposals of the images of VOC2007.
+
+    They lie in root/proposals, as the files of fast-rcnn's selective_search_data.tgz have them.
+    """
+    write_voc(root, n_images)
+    folder = root / "proposals"
+    folder.mkdir()
+    for split in ("trainval", "test"):
+        listed = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt"
+        names = listed.read_text().split()
+        cells = np.empty((1, len(names)), dtype=object)
+        for place, name in enumerate(names):
+            # The generator of the image, whose first number decides its size.
+            rng = np.random.default_rng(int(name))
+            height, width = _size(rng, 375, 500)
+            # In order, counted from 1.
+            rows = np.sort(rng.integers(1, height + 1, (_VOC_PROPOSALS, 2)), axis=1)
+            columns = np.sort(rng.integers(1, width + 1, (_VOC_PROPOSALS, 2)), axis=1)
+            y1, y2 = rows.T
+            x1, x2 = columns.T
+            cells[0, place] = np.stack([y1, x1, y2, x2], axis=1).astype(np.uint16)
+        content = {"boxes": cells, "images": np.array([names], dtype=object)}
+        savemat(folder / f"voc_2007_{split}.mat", content, do_compression=True)
 
 
 def write_coco(root: Path, n_images: int) -> None:

@@ -1,5 +1,7 @@
 """Fast R-CNN: pooling, losses and detections beside plain loops, and its layers."""
 
+import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -187,6 +189,65 @@ def test_no_regions_and_no_images_have_a_loss_of_zero_with_gradients() -> None:
             assert float(total.detach()) == 0
             for parameter in network.parameters():
                 assert parameter.grad is None or not parameter.grad.any()
+
+
+def drawn_batch() -> RegionBatch:
+    """Two images of noise with twelve regions, of which each second one shows an object."""
+    generator = torch.Generator().manual_seed(5)
+    n = 12
+    corners = torch.rand(n, 2, generator=generator) * 60
+    boxes = torch.cat([corners, corners + 20 + 60 * torch.rand(n, 2, generator=generator)], dim=1)
+    is_object = torch.arange(n) % 2 == 0
+    classes = torch.where(is_object, torch.arange(n) % N_CLASSES, N_CLASSES)
+    regions = Regions(
+        boxes=boxes,
+        images=torch.arange(n) // 6,
+        objects=torch.zeros(n, dtype=torch.int64),
+        classes=classes,
+        object_boxes=boxes + 3 * torch.randn(n, 4, generator=generator),
+        positive=is_object,
+    )
+    images = torch.randn(2, 3, 160, 128, generator=generator)
+    return dataclasses.replace(batch_with(regions, [0, 0]), images=images)
+
+
+def losses_and_gradients(
+    network: FastRcnn, batch: RegionBatch, device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    def moved(value: Tensor) -> Tensor:
+        return value.to(device, dtype if value.is_floating_point() else None)
+
+    own = copy.deepcopy(network).to(device, dtype)
+    regions = Regions(**{name: moved(value) for name, value in vars(batch.regions).items()})
+    batch = dataclasses.replace(
+        batch, images=moved(batch.images), regions=regions, seeds=moved(batch.seeds)
+    )
+    # TF32, the default of convolutions, has 10 bits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        losses = own.losses(batch)
+        (losses["class"] + losses["box"]).backward()
+    found = {name: value.detach() for name, value in losses.items()}
+    for name, parameter in own.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return {name: value.cpu().double() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["small", "alexnet"])
+def test_losses_on_a_device_are_those_in_double_precision(kind: str, device: str) -> None:
+    network = small_network() if kind == "small" else alexnet()
+    # With dropout, and batch norm of the regions.
+    network.train()
+    batch = drawn_batch()
+    expected = losses_and_gradients(network, batch, "cpu", torch.float64)
+    found = losses_and_gradients(network, batch, device, torch.float32)
+    assert expected["class"] > 0
+    assert expected["box"] > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name
+        )
 
 
 def detect(network: FastRcnn, proposals: Sequence[Sequence[float]], size: tuple[int, int]):
