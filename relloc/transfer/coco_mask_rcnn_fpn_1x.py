@@ -23,8 +23,8 @@ from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.box_confusion import BoxesOfImage
-from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.coco_ap import CocoImage, Kind, coco_image, coco_scores
+from relloc.transfer.metrics.more_scores import scores_by_class
 from relloc.transfer.schedule import Milestones
 
 _SETTING = "eval.coco_mask_rcnn_fpn_1x"

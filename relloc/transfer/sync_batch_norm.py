@@ -1,5 +1,7 @@
 """Synchronized batch norm: statistics over the images of all processes of a training."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,13 +33,7 @@ class CudaSyncBatchNorm(nn.SyncBatchNorm):
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__(
-            norm.num_features,
-            norm.eps,
-            norm.momentum,
-            norm.affine,
-            norm.track_running_stats,
-        )
+        super().__init__(**_settings(norm))
         _take_over(self, norm)
 
     def forward(self, input: Float[Tensor, "b c *hw"]) -> Float[Tensor, "b c *hw"]:
@@ -73,13 +69,7 @@ class CpuSyncBatchNorm(_BatchNorm):
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__(
-            norm.num_features,
-            norm.eps,
-            norm.momentum,
-            norm.affine,
-            norm.track_running_stats,
-        )
+        super().__init__(**_settings(norm))
         _take_over(self, norm)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -149,6 +139,17 @@ class CpuSyncBatchNorm(_BatchNorm):
         unbiased = variance * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def _settings(norm: _BatchNorm) -> dict[str, Any]:
+    """Returns the arguments that make a batch norm of the same kind."""
+    return {
+        "num_features": norm.num_features,
+        "eps": norm.eps,
+        "momentum": norm.momentum,
+        "affine": norm.affine,
+        "track_running_stats": norm.track_running_stats,
+    }
 
 
 def _take_over(new: _BatchNorm, norm: _BatchNorm) -> None:

@@ -25,7 +25,7 @@ from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.detections import Detections
 from relloc.transfer.metrics.box_confusion import BoxesOfImage, boxes_of_voc
-from relloc.transfer.metrics.by_class import scores_by_class
+from relloc.transfer.metrics.more_scores import scores_by_class
 from relloc.transfer.metrics.voc_ap import (
     AP_IOUS,
     DETECTRON2,

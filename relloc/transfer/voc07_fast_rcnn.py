@@ -52,7 +52,7 @@ from relloc.transfer.detection.training import (
 from relloc.transfer.detections import Detections
 from relloc.transfer.iterations import ForwardSamples
 from relloc.transfer.metrics.box_confusion import BoxesOfImage, boxes_of_voc
-from relloc.transfer.metrics.by_class import scores_by_class
+from relloc.transfer.metrics.more_scores import scores_beside, scores_by_class
 from relloc.transfer.metrics.voc_ap import (
     MMDET,
     MMDET_AREA,
@@ -279,29 +279,25 @@ class Voc07FastRcnn(DetectionFineTuning[VocImage]):
 
         (precisions, by_class), n_tested = self.measure(network, context, compute, final=final)
         rescaled = rescales(self.rescale, context.backbone, self.setting)
-        scores = []
-        # Results are in percent, and average precisions in shares.
-        for metric, precision in precisions.items():
-            is_headline = metric == "map"
-            score = Score(
-                table=_TABLE if is_headline else "",
-                column=_COLUMN if is_headline else "",
-                variant="rescaled" if rescaled else "",
-                metric=metric,
-                headline=is_headline,
-                value=100 * precision,
-                n=n_tested,
-                protocol="3.16",
-                deviations=(
-                    *self._own_deviations(context, rescaled),
-                    *self.test_differences(images, n_tested),
-                ),
-                details=tuple(self._own_details(context, rescaled)),
-            )
-            scores.append(score)
+        headline = Score(
+            table=_TABLE,
+            column=_COLUMN,
+            variant="rescaled" if rescaled else "",
+            metric="map",
+            headline=True,
+            value=100 * precisions.pop("map"),
+            n=n_tested,
+            protocol="3.16",
+            deviations=(
+                *self._own_deviations(context, rescaled),
+                *self.test_differences(images, n_tested),
+            ),
+            details=tuple(self._own_details(context, rescaled)),
+        )
+        scores = [headline, *scores_beside(headline, precisions)]
         # They are too many for curves.
         if final:
-            scores += scores_by_class(scores[0], "ap", images.classes, by_class)
+            scores += scores_by_class(headline, "ap", images.classes, by_class)
         return scores
 
     def deviations(self, length: int) -> Iterator[str]:

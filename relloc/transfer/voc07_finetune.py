@@ -42,6 +42,7 @@ from relloc.transfer.metrics.class_answers import (
     draw_examples,
     strongest_answers,
 )
+from relloc.transfer.metrics.more_scores import scores_beside
 from relloc.transfer.metrics.per_image import PerImage
 from relloc.transfer.rescaled_alexnet import (
     n_rescaling_images,
@@ -280,26 +281,22 @@ class Voc07Finetune(IterativeFineTuning):
 
         n_images, values = answers.evaluate(precisions)
         rescaled = rescales(self.rescale, context.backbone, self.setting)
-        scores = []
-        for metric, value in values.items():
-            is_headline = metric == "map"
-            score = Score(
-                table=_TABLE if is_headline else "",
-                column=self.trained if is_headline else "",
-                variant="rescaled" if rescaled else "",
-                metric=metric,
-                headline=is_headline,
-                value=100 * value,
-                n=n_images,
-                protocol="3.15",
-                deviations=(
-                    *self._own_deviations(context, classes),
-                    *left_out_of_test(context.splits.held_out, n_images),
-                ),
-                details=tuple(self._own_details(context, rescaled)),
-            )
-            scores.append(score)
-        return scores
+        headline = Score(
+            table=_TABLE,
+            column=self.trained,
+            variant="rescaled" if rescaled else "",
+            metric="map",
+            headline=True,
+            value=100 * values.pop("map"),
+            n=n_images,
+            protocol="3.15",
+            deviations=(
+                *self._own_deviations(context, classes),
+                *left_out_of_test(context.splits.held_out, n_images),
+            ),
+            details=tuple(self._own_details(context, rescaled)),
+        )
+        return [headline, *scores_beside(headline, values)]
 
     @torch.no_grad()
     def _answers(self, network: nn.Module, context: Context) -> PerImage[tuple[int, Tensor]]:

@@ -1,4 +1,3 @@
-import copy
 import csv
 import dataclasses
 import os
@@ -12,6 +11,7 @@ import pytest
 import torch
 from annotated_sets import write_coco
 from contexts import context
+from resumed import Saved, check_resumed
 from torch import nn
 
 from relloc.data.annotations import Objects, Polygons, decode_mask
@@ -21,6 +21,7 @@ from relloc.errors import UsageError
 from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
+from relloc.results import Score
 from relloc.transfer import coco_mask_rcnn_fpn_1x
 from relloc.transfer.coco_mask_rcnn_fpn_1x import CocoMaskRcnnFpn1x, ImageOfId
 from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
@@ -111,22 +112,6 @@ def given(folder: Path, **changes: Any) -> Context:
     splits = Splits(train=Drawn(n=12), held_out=Drawn(n=7, split="test"))
     settings = {"backbone": backbone, "splits": splits, "encode_config": READING}
     return context(folder=folder, **{**settings, **changes})
-
-
-class Saved:
-    """A state that keeps what was saved, and ends the process after one save."""
-
-    def __init__(self, state: Any = None, *, kill: bool = False) -> None:
-        self.state = state
-        self.kill = kill
-
-    def load(self) -> dict[str, Any] | None:
-        return self.state
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.state = copy.deepcopy(state)
-        if self.kill:
-            raise KeyboardInterrupt
 
 
 def test_scores_have_the_columns_of_the_card_and_pictures_are_drawn(tmp_path: Path) -> None:
@@ -356,17 +341,10 @@ def test_tests_of_images_one_by_one_give_the_same_numbers(tmp_path: Path) -> Non
 
 
 def test_a_killed_training_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    expected = list(evaluation().run(given(tmp_path)))
-    killed = Saved(kill=True)
-    with pytest.raises(KeyboardInterrupt):
-        list(evaluation().run(given(tmp_path, state=killed)))
-    assert killed.state["step"] == 2
-    saved = Saved(killed.state)
-    assert list(evaluation().run(given(tmp_path, state=saved))) == expected
-    whole = Saved()
-    list(evaluation().run(given(tmp_path, state=whole)))
-    for name, value in whole.state["network"].items():
-        assert torch.equal(value, saved.state["network"][name]), name
+    def run(state: Saved) -> list[Score]:
+        return list(evaluation().run(given(tmp_path, state=state)))
+
+    assert check_resumed(run, first_save=2)
 
 
 @pytest.mark.slow

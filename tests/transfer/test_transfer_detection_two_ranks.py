@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]}
 import torch
-from test_transfer_voc0712_detection import Rectangles, Saved, evaluation, given
+from resumed import Saved
+from test_transfer_voc0712_detection import Rectangles, evaluation, given
 
 from relloc import ranks
 

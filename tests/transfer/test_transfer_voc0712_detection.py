@@ -11,6 +11,7 @@ import torch
 from annotated_sets import write_voc
 from contexts import context
 from PIL import Image
+from resumed import Saved, check_resumed
 
 from relloc.data.annotations import Objects
 from relloc.data.image_set import Splits
@@ -19,6 +20,7 @@ from relloc.errors import DataError, UnreadableImage, UsageError
 from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
+from relloc.results import Score
 from relloc.runs.resolvers import scaled, scaled_whole
 from relloc.transfer.detection.batch import DetectionBatch
 from relloc.transfer.detection.samples import RandomSizes
@@ -95,22 +97,6 @@ class Odd(Rectangles):
         if not self.all_difficult:
             return objects
         return dataclasses.replace(objects, difficult=np.ones(len(objects), bool))
-
-
-class Saved:
-    """A state that keeps what was saved, and ends the process after one save."""
-
-    def __init__(self, state: Any = None, *, kill: bool = False) -> None:
-        self.state = state
-        self.kill = kill
-
-    def load(self) -> dict[str, Any] | None:
-        return self.state
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.state = copy.deepcopy(state)
-        if self.kill:
-            raise KeyboardInterrupt
 
 
 def test_scores_are_those_of_the_reference_and_pictures_are_drawn(tmp_path: Path) -> None:
@@ -241,17 +227,10 @@ def test_tests_of_images_one_by_one_give_the_same_numbers(tmp_path: Path) -> Non
 
 
 def test_a_killed_training_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    expected = list(evaluation().run(given(tmp_path)))
-    killed = Saved(kill=True)
-    with pytest.raises(KeyboardInterrupt):
-        list(evaluation().run(given(tmp_path, state=killed)))
-    assert killed.state["step"] == 2
-    saved = Saved(killed.state)
-    assert list(evaluation().run(given(tmp_path, state=saved))) == expected
-    whole = Saved()
-    list(evaluation().run(given(tmp_path, state=whole)))
-    for name, value in whole.state["network"].items():
-        assert torch.equal(value, saved.state["network"][name]), name
+    def run(state: Saved) -> list[Score]:
+        return list(evaluation().run(given(tmp_path, state=state)))
+
+    assert check_resumed(run, first_save=2)
 
 
 def test_images_with_a_wrong_annotation_are_counted_as_unreadable(tmp_path: Path) -> None:

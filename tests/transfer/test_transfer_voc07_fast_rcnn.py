@@ -11,6 +11,7 @@ import pytest
 import torch
 from annotated_sets import write_proposals, write_voc
 from contexts import context
+from resumed import Saved, check_resumed
 from torch import nn
 
 from relloc.data.image_set import Splits
@@ -89,22 +90,6 @@ def given(folder: Path, **changes: Any) -> Context:
         "encode_config": READING,
     }
     return context(folder=folder, **{**settings, **changes})
-
-
-class Saved:
-    """A state that keeps what was saved, and ends the process after one save."""
-
-    def __init__(self, state: Any = None, *, kill: bool = False) -> None:
-        self.state = state
-        self.kill = kill
-
-    def load(self) -> dict[str, Any] | None:
-        return self.state
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.state = copy.deepcopy(state)
-        if self.kill:
-            raise KeyboardInterrupt
 
 
 def test_scores_are_by_both_definitions_and_pictures_are_drawn(tmp_path: Path) -> None:
@@ -239,23 +224,15 @@ def test_a_network_with_batch_norm_is_not_rescaled(tmp_path: Path) -> None:
         evaluation(rescale=True).make_network(given(tmp_path))
 
 
-def check_resumed(folder: Path, one: Voc07FastRcnn, **changes: Any) -> list[Score]:
-    """Compares a training that was killed and gone on with with one that was not; its scores."""
-    whole = Saved()
-    expected = list(one.run(given(folder, state=whole, **changes)))
-    killed = Saved(kill=True)
-    with pytest.raises(KeyboardInterrupt):
-        list(one.run(given(folder, state=killed, **changes)))
-    assert killed.state["step"] == one.evaluate_every
-    resumed = Saved(killed.state)
-    assert list(one.run(given(folder, state=resumed, **changes))) == expected
-    for name, value in whole.state["network"].items():
-        assert torch.equal(value, resumed.state["network"][name]), name
-    return expected
+def resumed_scores(folder: Path, one: Voc07FastRcnn, **changes: Any) -> list[Score]:
+    def run(state: Saved) -> list[Score]:
+        return list(one.run(given(folder, state=state, **changes)))
+
+    return check_resumed(run, first_save=one.evaluate_every)
 
 
 def test_a_killed_training_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    assert check_resumed(tmp_path, evaluation())
+    assert resumed_scores(tmp_path, evaluation())
 
 
 @pytest.mark.slow
@@ -263,7 +240,7 @@ def test_so_does_one_of_the_papers_network_with_its_dropout(tmp_path: Path) -> N
     one = evaluation(iterations=2, milestones=[1], evaluate_every=1, batch=2, learning_rate=0.001)
     few = ProposedRectangles(n=4, near=3, far=3)
     splits = Splits(train=few, held_out=dataclasses.replace(few, split="test"))
-    headline, *_ = check_resumed(tmp_path, one, backbone=alexnet(), splits=splits)
+    headline, *_ = resumed_scores(tmp_path, one, backbone=alexnet(), splits=splits)
     assert headline.variant == "rescaled"
     assert any("rescaled by" in each for each in headline.details)
     assert any("96 px" in each for each in headline.deviations)

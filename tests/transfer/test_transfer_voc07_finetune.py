@@ -1,6 +1,5 @@
 """Fine-tuned classification of VOC2007: its loss, groups, rescaling, test, and small trainings."""
 
-import copy
 import dataclasses
 import functools
 import math
@@ -15,6 +14,7 @@ import pytest
 import torch
 from contexts import context
 from PIL import Image
+from resumed import Saved, check_resumed
 from sklearn.metrics import average_precision_score
 from torch import nn
 
@@ -26,6 +26,7 @@ from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
+from relloc.results import Score
 from relloc.transfer import voc07_finetune
 from relloc.transfer.alexnet import FineTunedAlexNet
 from relloc.transfer.classifier import Classifier
@@ -292,40 +293,15 @@ def test_accumulation_changes_nothing_where_dropout_draws() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-class Saved:
-    """A state that keeps what was saved, and ends the process after the first save if it is to."""
-
-    def __init__(self, state: Any = None, *, kill: bool = False) -> None:
-        self.state = state
-        self.kill = kill
-
-    def load(self) -> dict[str, Any] | None:
-        return self.state
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.state = copy.deepcopy(state)
-        if self.kill:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 def test_a_killed_training_of_the_papers_network_goes_on_to_the_same_bits() -> None:
     # Its dropout, rescaling and redrawn layer are all that is random beside images and views.
     one = evaluation(iterations=4, batch=4, evaluate_every=2, view=RandomSquare(crop_px=96))
 
-    def scores(state: Saved) -> list[Any]:
+    def run(state: Saved) -> list[Score]:
         return list(one.run(given(backbone=alexnet(), state=state)))
 
-    finished = Saved()
-    expected = scores(finished)
-    killed = Saved(kill=True)
-    with pytest.raises(KeyboardInterrupt):
-        scores(killed)
-    assert killed.state["step"] == 2
-    resumed = Saved(killed.state)
-    assert scores(resumed) == expected
-    for name, value in finished.state["network"].items():
-        assert torch.equal(value, resumed.state["network"][name]), name
+    assert check_resumed(run, first_save=2)
 
 
 def test_gradients_beyond_the_limit_are_scaled_down() -> None:

@@ -14,7 +14,6 @@ from torch.nn.functional import smooth_l1_loss
 
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.backbone import Backbone
-from relloc.seeds import Use, seed_for
 from relloc.transfer.alexnet import FineTunedAlexNet, fc6_of_windows
 from relloc.transfer.detection.align import pool_regions
 from relloc.transfer.detection.box_head import (
@@ -26,6 +25,7 @@ from relloc.transfer.detection.box_head import (
 )
 from relloc.transfer.detection.boxes import clip, decode, encode
 from relloc.transfer.detection.given_proposals import UNIT_STDS, RegionBatch
+from relloc.transfer.detection.new_network import weights_generator
 from relloc.transfer.detection.strides import stride_of
 from relloc.transfer.detections import Detections
 from relloc.transfer.dropout import apply_layers
@@ -76,10 +76,7 @@ class FastRcnn(nn.Module):
         self.head = head
         self.side = side
         self.stride = stride_of(trunk)
-        # A generator of its own: the weights depend on the seed, not on what was drawn before.
-        generator = torch.Generator()
-        generator.manual_seed(seed_for(Use.DETECTOR_WEIGHTS, seed))
-        self.predictor = BoxPredictor(dim, len(means), generator)
+        self.predictor = BoxPredictor(dim, len(means), weights_generator(seed))
         # They are saved with the weights, which mean nothing without them.
         self.register_buffer("means", means)
         self.register_buffer("stds", stds)

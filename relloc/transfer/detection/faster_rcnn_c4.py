@@ -1,6 +1,5 @@
 """Faster R-CNN on the fourth stage of a backbone, whose fifth stage is the head of its regions."""
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -9,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from relloc.models.backbone import Backbone
-from relloc.seeds import Use, seed_for
 from relloc.transfer.detection.align import align
 from relloc.transfer.detection.anchors import AnchorGrid
 from relloc.transfer.detection.batch import DetectionBatch
@@ -19,6 +17,7 @@ from relloc.transfer.detection.box_head import (
     box_losses,
     detections,
 )
+from relloc.transfer.detection.new_network import copied_stages, weights_generator
 from relloc.transfer.detection.proposals import C4_TEST, C4_TRAINING, ProposalCounts, propose
 from relloc.transfer.detection.regions import RegionTraining, choose_regions
 from relloc.transfer.detection.rpn import RpnHead, RpnTraining, anchor_targets, rpn_losses
@@ -79,12 +78,8 @@ class FasterRCNNC4(nn.Module):
         super().__init__()
         self.settings = settings
         self.n_classes = n_classes
-        # A generator of its own: the weights depend on the seed, not on what was drawn before.
-        generator = torch.Generator()
-        generator.manual_seed(seed_for(Use.DETECTOR_WEIGHTS, seed))
-        # The evaluated backbone keeps its weights.
-        own_backbone = copy.deepcopy(backbone)
-        stages = list(own_backbone.stages().values())
+        generator = weights_generator(seed)
+        stages = copied_stages(backbone)
         self.trunk = nn.Sequential(*stages[:4])
         self.stage5 = stages[4]
         self.stride = stride_of(self.trunk)

@@ -1,6 +1,5 @@
 """Mask R-CNN on a feature pyramid: boxes of objects, their classes and their masks."""
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from relloc import checks
 from relloc.models.backbone import Backbone
-from relloc.seeds import Use, seed_for
 from relloc.transfer.detection.anchors import AnchorGrid, Anchors
 from relloc.transfer.detection.assign import AssignmentRule
 from relloc.transfer.detection.batch import DetectionBatch
@@ -18,6 +16,7 @@ from relloc.transfer.detection.box_head import DetectionRule, box_losses, detect
 from relloc.transfer.detection.fpn import FeaturePyramid, LevelRegions, align_levels, by_level
 from relloc.transfer.detection.fpn_heads import BOX_SIDE, MASK_INPUT_SIDE, BoxHead, MaskHead
 from relloc.transfer.detection.masks import mask_loss, mask_targets, positive_regions
+from relloc.transfer.detection.new_network import copied_stages, weights_generator
 from relloc.transfer.detection.proposals import ProposalCounts, propose
 from relloc.transfer.detection.regions import RegionTraining, choose_regions
 from relloc.transfer.detection.rpn import RpnHead, RpnTraining, anchor_targets, rpn_losses
@@ -97,8 +96,8 @@ class MaskRCNNFPN(nn.Module):
         super().__init__()
         self.settings = settings
         self.n_classes = n_classes
-        generator = torch.Generator().manual_seed(seed_for(Use.DETECTOR_WEIGHTS, seed))
-        stages = list(copy.deepcopy(backbone).stages().values())
+        generator = weights_generator(seed)
+        stages = copied_stages(backbone)
         self.trunk = nn.ModuleList(stages)
 
         strides = []

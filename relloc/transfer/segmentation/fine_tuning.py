@@ -22,9 +22,9 @@ from relloc.transfer.iterations import (
     IterativeFineTuning,
     left_out_of_test,
 )
-from relloc.transfer.metrics.by_class import scores_by_class
 from relloc.transfer.metrics.class_confusion import save_class_confusion
 from relloc.transfer.metrics.mean_iou import SegmentationMetric, SegmentationScores
+from relloc.transfer.metrics.more_scores import scores_beside, scores_by_class
 from relloc.transfer.metrics.pictures import draw_class_maps
 from relloc.transfer.same_settings import same_settings
 from relloc.transfer.schedule import Poly, Schedule
@@ -208,18 +208,7 @@ class FcnFineTuning(IterativeFineTuning):
             "miou_unrounded": scores.mean_iou,
             "pixel_accuracy": scores.pixel_accuracy,
         }
-        # Tables of reports have a column for mIoU alone.
-        all_scores = [miou]
-        for metric, share in numbers.items():
-            score = dataclasses.replace(
-                miou,
-                table="",
-                column="",
-                metric=metric,
-                value=100 * share,
-                headline=False,
-            )
-            all_scores.append(score)
+        all_scores = [miou, *scores_beside(miou, numbers)]
         by_class = scores.iou_by_class.tolist()
         all_scores += scores_by_class(miou, "iou", splits.held_out.classes, by_class)
         return all_scores
