@@ -1,7 +1,8 @@
 """Turns a batch of images into the batch of patches that a network takes."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -74,9 +75,35 @@ class PatchPipeline:
         Raises:
             ValueError: the side of the images is not the grid's `span_px`.
         """
+        self._check_side(images)
+        return self._make_unchecked(images, corners, *drawn)
+
+    def compiled(self, compile: Callable[[Any], Any]) -> Callable[..., Patches]:
+        """Returns `make` compiled by `compile`, such as `torch.compile`.
+
+        It is compiled once for all grids with patches of one size, whatever their gap and jitter.
+        """
+        # This import takes seconds, and only compiled runs need it.
+        from torch._dynamo import maybe_mark_dynamic
+
+        # Compiled code is bound to each number that it is compared with. So the side of the images,
+        # which gap and jitter decide, is checked outside.
+        fast = compile(self._make_unchecked)
+
+        def make(images: Images, corners: Tensor, *drawn: Tensor) -> Patches:
+            self._check_side(images)
+            # Height and width become variables of the compiled code. All other sizes are constants.
+            maybe_mark_dynamic(images, (2, 3))
+            return fast(images, corners, *drawn)
+
+        return make
+
+    def _check_side(self, images: Tensor) -> None:
         side_px = images.shape[-1]
         if side_px != self.grid.span_px:
             raise ValueError(f"images are {side_px} px, the grid spans {self.grid.span_px} px")
+
+    def _make_unchecked(self, images: Images, corners: Tensor, *drawn: Tensor) -> Patches:
         patches = cut(images, corners, self.grid.patch_px).float()
         return self.normalize(self.color(patches, *drawn))
 

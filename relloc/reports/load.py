@@ -1,6 +1,7 @@
 """Loads our results from run folders, each with the run that measured it."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -127,8 +128,12 @@ def find_measured(paths: Sequence[Path]) -> list[Measured]:
     # Paths may overlap, and links lead to one folder twice
     folders = set()
     for path in paths:
-        for file in path.rglob(RESULTS_FILE):
-            folders.add(file.parent.resolve())
+        for folder, inside, files in os.walk(path):
+            # Hidden folders hold no runs, but compiled code in thousands of files. os.walk descends
+            # into what is left in this list.
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            if RESULTS_FILE in files:
+                folders.add(Path(folder).resolve())
     measured: list[Measured] = []
     for folder in sorted(folders):
         measured += _results_in(folder)

@@ -19,6 +19,7 @@ import torch
 from relloc import checks, machine, ranks
 from relloc.errors import UsageError
 from relloc.runs import console
+from relloc.runs.compiled_code import keep_compiled_code
 from relloc.terminal import quantity
 
 _MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -44,6 +45,7 @@ class EngineSettings:
         memory_format: "channels_last" or "contiguous", the layout of feature maps.
         deterministic: True to get the same bits each time on the same machine.
         workers: number of loader processes of each training process.
+        runs: folder below which compiled code is kept.
     """
 
     device: str
@@ -53,6 +55,7 @@ class EngineSettings:
     memory_format: str
     deterministic: bool
     workers: int | str
+    runs: str
 
     def __post_init__(self) -> None:
         checks.one_of("device", self.device, _DEVICES)
@@ -133,6 +136,9 @@ def resolve_engine(asked: EngineSettings) -> Engine:
     precision = _precision(asked.precision, is_gpu=is_gpu)
     if asked.cuda_graphs is True and not is_gpu:
         raise UsageError("cuda_graphs=true, but the run is on a CPU: leave auto")
+    may_compile = is_gpu if asked.compile == "auto" else asked.compile
+    if may_compile:
+        keep_compiled_code(Path(asked.runs))
     compiled = _compiled(asked.compile, on)
     # A graph replays the kernels of a step without the cost of launching each. Networks that are
     # not compiled can have graphs too, if they are asked for.

@@ -292,13 +292,14 @@ def make_task(
     # The network is placed first, so that the optimizer's state lies on the same device.
     model = settings.network(one_pass=engine.compiled)
     engine.place(model)
+    patches = settings.patches
     return Task(
         model=model,
         network=engine.compile(model),
         optimizer=settings.make_optimizer(model=model),
         schedule=settings.schedule,
-        draw=settings.patches.draw,
-        make=engine.compile(settings.patches.make),
+        draw=patches.draw,
+        make=patches.compiled(engine.compile) if engine.compiled else patches.make,
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
         seed_of=lambda step, ghost: seed_for(Use.PATCHES, settings.seed, step, ghost),

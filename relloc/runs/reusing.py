@@ -27,7 +27,7 @@ from relloc.runs.refusing import STATES
 # Clusters leave at least half a minute between their signal and `kill -9`.
 PATIENCE_S = 5
 # Where runs lie below the folder of runs: by themselves, by date and time, and as points of sweeps.
-_RUN_FOLDERS = ("*", "*/*", "sweeps/*/*")
+_RUN_FOLDERS = ("[!.]*", "[!.]*/*", "sweeps/*/*")
 
 # Name of an evaluation, and fingerprint. This covers the batch norm of the part; that of a row may
 # be another, as of a network of the pretext task.

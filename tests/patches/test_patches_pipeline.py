@@ -39,5 +39,15 @@ def test_the_generator_decides_everything() -> None:
 @pytest.mark.parametrize("side", [32, 34])
 def test_images_of_another_size_than_the_span_are_refused(side: int) -> None:
     pipeline = PatchPipeline(grid=GRID, color=Keep(), normalize=ByDataset())
-    with pytest.raises(ValueError, match=rf"\b{side} px.*\b33 px"):
-        pipeline(torch.zeros(2, 3, side, side, dtype=torch.uint8), seeded(0))
+    images = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    drawn = pipeline.draw(2, seeded(0))
+    for make in (pipeline.make, pipeline.compiled(lambda function: function)):
+        with pytest.raises(ValueError, match=rf"\b{side} px.*\b33 px"):
+            make(images, *drawn)
+
+
+def test_compiled_patches_are_those_of_make() -> None:
+    pipeline = PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDataset())
+    drawn = pipeline.draw(len(IMAGES), seeded(4))
+    make = pipeline.compiled(lambda function: function)
+    assert torch.equal(make(IMAGES, *drawn), pipeline.make(IMAGES, *drawn))

@@ -20,6 +20,7 @@ DEFAULTS = {
     "memory_format": "channels_last",
     "deterministic": False,
     "workers": "auto",
+    "runs": "runs",
 }
 
 
@@ -35,7 +36,9 @@ def asked(**changes: object) -> EngineSettings:
 
 
 @pytest.fixture(autouse=True)
-def _switches_put_back() -> Iterator[None]:
+def _switches_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Otherwise tests that compile would make a folder below the runs.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     before = (
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
