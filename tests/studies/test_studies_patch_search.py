@@ -101,6 +101,28 @@ def test_float16_vectors_of_one_huge_image_are_searched_to_the_end() -> None:
     assert set(others.rows[0].tolist()) == {2997, 2998, 2999}
 
 
+def test_nearly_equal_patches_are_in_the_order_of_float64() -> None:
+    generator = torch.Generator().manual_seed(3)
+    # Sixty crowds of patches that hardly differ, as of one place that was cut out twice
+    centers = torch.randn(60, 4096, generator=generator).repeat(50, 1)
+    noise = torch.randn(3000, 4096, generator=generator)
+    vectors = unit_vectors(centers + 3e-4 * noise).half()
+    groups = torch.arange(3000)
+    queries = vectors[:60].float()
+    own = groups[:60]
+    found = nearest_patches(
+        queries, vectors, groups, 20, own_groups=own, one_per_group=True, name="made"
+    )
+    unit = vectors.double()
+    unit /= unit.norm(dim=1, keepdim=True)
+    rows, similarities = plainly(unit[:60], unit, groups, 20, own, True)
+    assert found.rows.tolist() == rows
+    np.testing.assert_allclose(found.similarities.numpy(), similarities, rtol=0, atol=2**-39)
+    # Such neighbors are too near each other for products in float32.
+    in_float32 = (queries @ vectors.float().T).topk(21).indices
+    assert in_float32[:, 1:].tolist() != rows
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bank", ["cpu", "cuda"])
 def test_a_gpu_finds_the_same(bank: str) -> None:
