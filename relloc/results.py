@@ -19,6 +19,10 @@ LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
 # Values of `Result.checkpoint` that name weights which relloc did not pretrain.
 REFERENCE_MODELS = ("random", "torchvision")
+# Value of `Result.checkpoint` of numbers that a person gave, without any network.
+PERSON = "person"
+# Values of `Result.checkpoint` that are no files.
+NO_FILES = (*REFERENCE_MODELS, PERSON)
 KINDS = ("pretext", "frozen", "fine-tuned", "study")
 # The `variant` of numbers whose hyperparameters were chosen without the test set, where the
 # published protocol chooses them on it.
@@ -111,8 +115,9 @@ class Result(_Number):
         view: how images were cropped and resized. precision: the number format.
         batch_norm: which statistics the backbone used, "as_trained" or "recalibrated".
     What it was measured of:
-        checkpoint: a path, or "random" (weights as initialized), or "torchvision" (supervised).
-        model: the name of the architecture.
+        checkpoint: a path, or "random" (weights as initialized), or "torchvision" (supervised), or
+            "person" (a person answered, and there is no network).
+        model: the name of the architecture, "" for a person.
         fingerprint: hash of all constants, view and images; equal ones are not measured again.
         measured_in: the run folder that this row was copied from, if it was.
 
@@ -171,7 +176,7 @@ class Result(_Number):
 def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str) -> str:
     """Returns the name in a tracker of an evaluation of `checkpoint` under `batch_norm`."""
     name = evaluation
-    if checkpoint in REFERENCE_MODELS:
+    if checkpoint in NO_FILES:
         name += f"_{checkpoint}"
     if batch_norm == "recalibrated":
         name += "_recalibrated"

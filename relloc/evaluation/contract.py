@@ -114,7 +114,7 @@ class Context:
     # Whether to ask that network here. It answers under batch norm as trained, whatever the one of
     # the backbone is, so that one of several batch norms is enough.
     asks_pretext: bool = True
-    # "random" and "torchvision" for weights to compare with, otherwise a path
+    # "random" and "torchvision" for weights to compare with, "person" for none, otherwise a path
     checkpoint: str = ""
 
     @property
@@ -174,6 +174,9 @@ class Evaluation(abc.ABC):
     wants_pretext: ClassVar[bool] = False
     # Nothing can be measured without that network: weights that have none are left out.
     needs_pretext: ClassVar[bool] = False
+    # What is measured is of the backbone or of the network of the pretext task. Otherwise a person
+    # may answer without any (`relloc.results.PERSON`).
+    needs_network: ClassVar[bool] = True
     # The same settings give the same numbers, so that rows of other runs are used in place of
     # measuring again. That is not so for answers of a person.
     repeatable: ClassVar[bool] = True
@@ -343,8 +346,8 @@ class EvaluatedModel:
     """A backbone in eval mode and on its device, and the names that its results carry."""
 
     backbone: Backbone
-    checkpoint: str  # its path, or "random" or "torchvision"
-    model: str  # the name of the architecture
+    checkpoint: str  # its path, or "random" or "torchvision"; "person" where there is no network
+    model: str  # the name of the architecture, "" for a person
     # A digest of the backbone's tensors: results of equal weights can be used again, whatever file
     # the weights come from.
     weights: str

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from relloc.reports.load import Line, Measured
 from relloc.reports.published import CARD_GROUP, PUBLISHED_MODEL, is_on_card
-from relloc.results import REFERENCE_MODELS
+from relloc.results import NO_FILES
 
 # The same name as in relloc.checkpoints.backbone_files, whose import takes seconds
 RUN_WEIGHTS = "backbone.safetensors"
@@ -141,7 +141,7 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
 
     def rank(line: Line) -> tuple[object, ...]:
         return (
-            line.checkpoint not in REFERENCE_MODELS,
+            line.checkpoint not in NO_FILES,
             natural_sort_key(names[line.checkpoint]),
             line.model,
             line.seed,
@@ -154,7 +154,8 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
     labels = {}
     for line in sorted(lines, key=rank):
         words = [names[line.checkpoint]]
-        if line.model != PUBLISHED_MODEL:
+        # A person has no model
+        if line.model not in (PUBLISHED_MODEL, ""):
             words.append(line.model)
         if line.batch_norm != "as_trained":
             words.append(line.batch_norm)

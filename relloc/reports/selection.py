@@ -12,7 +12,7 @@ from pathlib import Path
 from relloc.errors import UsageError
 from relloc.reports.load import Measured
 from relloc.reports.pretrainings import training_record
-from relloc.results import REFERENCE_MODELS, Result
+from relloc.results import NO_FILES, Result
 from relloc.tracking.record import RUN_FILE, RunRecord, Scalar
 
 _SWEEP = "sweep="
@@ -47,7 +47,7 @@ class Filter:
             return any(each.digest.startswith(pattern) for pattern in self.patterns)
         if not self.is_of_settings:
             return self.fits(str(getattr(row, self.field)))
-        if row.checkpoint in REFERENCE_MODELS:
+        if row.checkpoint in NO_FILES:
             return True
         if self.field not in settings:
             return False

@@ -36,7 +36,7 @@ from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.pretext.schedule import Schedule
-from relloc.results import REFERENCE_MODELS
+from relloc.results import NO_FILES, PERSON, REFERENCE_MODELS
 from relloc.runs import console
 from relloc.runs.data_sets import DATA_PAGE, DataSet
 from relloc.runs.engine import Engine, EngineSettings
@@ -349,7 +349,24 @@ class Evaluating(RunSettings):
                 "study=neighbors (--help study lists them), or relloc.evaluate some such as "
                 "eval=[linear_fast,knn]"
             )
+        if PERSON in self.checkpoints:
+            self._check_person()
         self._refuse_unused_view()
+
+    def _check_person(self) -> None:
+        """Raises `UsageError` where a person is asked for what only a network can answer."""
+        for chosen in self.evaluations:
+            if chosen.evaluation.needs_network:
+                raise UsageError(
+                    f"checkpoint={PERSON} stands for a person without a network, and "
+                    f"{chosen.group}={chosen.name} looks into one: give checkpoint=RUN_FOLDER, or "
+                    f"leave {chosen.name} out"
+                )
+        if self.model is not None and set(self.checkpoints) == {PERSON}:
+            raise UsageError(
+                f"model={self.model.name} would change nothing, since checkpoint={PERSON} is a "
+                "person without a network: leave it out, or give checkpoint=RUN_FOLDER"
+            )
 
     def _refuse_unused_view(self) -> None:
         """Raises `UsageError` for a setting of `view` that was given and changes nothing."""
@@ -377,7 +394,7 @@ class Evaluating(RunSettings):
 
     def check_paths(self, made_by_jobs: Sequence[str]) -> None:
         for name in self.checkpoints:
-            if name not in REFERENCE_MODELS and not Path(name).exists():
+            if name not in NO_FILES and not Path(name).exists():
                 raise UsageError(
                     f"checkpoint={name} is not there: "
                     f"give a run folder, a file, or {' or '.join(REFERENCE_MODELS)}"

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 
 from relloc.errors import UsageError
-from relloc.results import REFERENCE_MODELS
+from relloc.results import NO_FILES, REFERENCE_MODELS
 from relloc.runs.renamed import usual_name
 
 # The flags of Hydra: those without a value, those with one, and those that may have one
@@ -376,7 +376,7 @@ def check_bare_checkpoint(words: Sequence[str]) -> None:
     for word in words:
         if "=" in word:
             continue
-        if word in REFERENCE_MODELS or os.path.exists(word):
+        if word in NO_FILES or os.path.exists(word):
             typed = as_word("checkpoint", word)
             raise UsageError(f"{word} is given without its setting: write {typed}")
 
@@ -386,7 +386,7 @@ def check_checkpoints(words: Sequence[Override]) -> None:
     for names in checkpoints(words):
         for name in names:
             # A name with $ is an interpolation, which is not resolved yet.
-            is_no_path = name in REFERENCE_MODELS or not name or "$" in name
+            is_no_path = name in NO_FILES or not name or "$" in name
             # lexists: a link whose target is missing has its own message when it is read.
             if not is_no_path and not os.path.lexists(name):
                 raise UsageError(f"checkpoint={name} does not exist{_hint(name)}")

@@ -26,7 +26,7 @@ from rich.table import Table
 from relloc import terminal
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
-from relloc.results import LAYERS, REFERENCE_MODELS, Result
+from relloc.results import LAYERS, NO_FILES, Result
 from relloc.runs.command_line import as_word
 from relloc.terminal import escaped, quantity
 
@@ -234,7 +234,7 @@ def _images_in_words(rows: Sequence[Result]) -> str:
 
 def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], dict[str, str]]]:
     """Groups values: evaluation -> (weights, batch norm) -> layer -> value as it is printed."""
-    files = {Path(row.checkpoint) for row in rows if row.checkpoint not in REFERENCE_MODELS}
+    files = {Path(row.checkpoint) for row in rows if row.checkpoint not in NO_FILES}
     run_names = {file.parent.name for file in files}
     table: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:

@@ -1,21 +1,21 @@
 """Loads the backbones that `checkpoint=` names.
 
 These are run folders and files of relloc, files of other projects, "random" for random weights, and
-"torchvision" for its supervised ImageNet weights.
+"torchvision" for its supervised ImageNet weights. "person" stands for a person, who has none.
 """
 
 import dataclasses
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from relloc.checkpoints import backbone_files, layouts, weight_files
 from relloc.checkpoints.fitting import fill
@@ -25,7 +25,7 @@ from relloc.evaluation.contract import EvaluatedModel
 from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
-from relloc.results import REFERENCE_MODELS
+from relloc.results import NO_FILES, PERSON
 from relloc.runs import console
 from relloc.runs.build import Evaluating, model_of_conf
 from relloc.runs.pretext_models import pretext_model
@@ -49,7 +49,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     """
     # Files first: they say which model the others are to have.
     names = settings.checkpoints
-    files = [name for name in names if name not in REFERENCE_MODELS]
+    files = [name for name in names if name not in NO_FILES]
     loaded = {name: _from_file(settings, name) for name in files}
     if settings.checkpoint_prefix is not None and not loaded:
         raise UsageError(
@@ -58,7 +58,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
     # Find the model of random and supervised weights.
     sweep_names = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))
-    sweep_files = [name for name in sweep_names if name not in REFERENCE_MODELS]
+    sweep_files = [name for name in sweep_names if name not in NO_FILES]
     if loaded:
         model = next(iter(loaded.values())).model
     elif sweep_files and not settings.model:
@@ -74,7 +74,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
 
 def _with_pretext(model: EvaluatedModel) -> EvaluatedModel:
     """Adds the network of the pretext task, where the checkpoint has one."""
-    if model.checkpoint in REFERENCE_MODELS:
+    if model.checkpoint in NO_FILES:
         return model
     pretext = pretext_model(Path(model.checkpoint), model.backbone)
     return dataclasses.replace(model, pretext=pretext)
@@ -128,11 +128,27 @@ def _printable_name(about: Mapping[str, Any]) -> str:
 
 def _control(settings: Evaluating, name: str, default_model: str) -> EvaluatedModel:
     """Makes a backbone for comparison: "random", or "torchvision" with supervised weights."""
+    if name == PERSON:
+        return EvaluatedModel(backbone=_NoBackbone(), checkpoint=PERSON, model="", weights=PERSON)
     model = settings.model or model_of_conf(default_model)
     backbone = model.backbone(settings.seed)
     if name == "torchvision":
         fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
     return make_evaluated_model(backbone, name, model.name)
+
+
+class _NoBackbone(Backbone):
+    """Stands where evaluations have a backbone, where a person answers and there is none."""
+
+    stage_channels = ()
+    pooled_sides = ()
+    embedding_dim = 0
+
+    def layers_of_stages(self) -> Sequence[Sequence[nn.Module]]:
+        raise TypeError("a person has no stages")
+
+    def embed(self, patches: Tensor) -> Tensor:
+        raise TypeError("a person has no embedding")
 
 
 def make_evaluated_model(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:

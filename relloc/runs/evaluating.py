@@ -289,7 +289,8 @@ def evaluate_model(
     missing: list[int] = []
     if folder:
         names = ", ".join(named.name for named in evaluations)
-        console.print_message(f"eval    {names} of {model.checkpoint} ({model.model})")
+        of_model = f" ({model.model})" if model.model else ""
+        console.print_message(f"eval    {names} of {model.checkpoint}{of_model}")
         missing = not_measured(parts, model, run)
     missing_parts = [parts[index] for index in ranks.from_first(missing)]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relloc.evaluation.contract import EvaluatedModel
-from relloc.results import REFERENCE_MODELS
+from relloc.results import NO_FILES
 from relloc.runs.build import Pretraining
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE
@@ -56,7 +56,8 @@ def evaluation_name(
     """Returns the name of an evaluation, such as `gap21 jit0..21 70ep in1k r50 s0 gray on voc2007`.
 
     A backbone of relloc is called as its pretraining run, "random" and "torchvision" by these names
-    and the model, and other weights by their file and the model. The names of `studies` follow, as
+    and the model, and other weights by their file and the model; where a person answers without a
+    network, that is "person". The names of `studies` follow, as
     in `random r50 on photos: discovery`: several are made of the same weights and images.
     """
     # Dictionaries keep the order and drop repetitions.
@@ -69,8 +70,8 @@ def evaluation_name(
 def _weights_name(evaluated: EvaluatedModel) -> str:
     """Returns the name of a backbone's weights, with the model where that is not part of it."""
     model = _short_model(evaluated.model)
-    if evaluated.checkpoint in REFERENCE_MODELS:
-        return f"{evaluated.checkpoint} {model}"
+    if evaluated.checkpoint in NO_FILES:
+        return f"{evaluated.checkpoint} {model}".strip()
     file = Path(evaluated.checkpoint)
     # A run's backbone lies in the run folder, its checkpoints one folder below.
     for folder in file.parents[:2]:

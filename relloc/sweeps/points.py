@@ -23,7 +23,7 @@ from relloc.tracking.record import now_ms
 POINT_FILE = "point.json"
 # Settings that name files: of `data`, also within evaluations, and `checkpoint` at the top
 _PATHS = ("root", "shards", "checkpoint")
-_NO_PATHS = ("random", "torchvision")  # values of `checkpoint` that are no files
+_NO_PATHS = ("random", "torchvision", "person")  # values of `checkpoint` that are no files
 _IDENTITY_DIGITS = 12
 _LONGEST_NAME = 80  # characters of a point's name in that of its folder
 _HOW_TO_REPAIR = "Remove it if no job or process has the point"

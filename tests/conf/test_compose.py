@@ -233,9 +233,23 @@ def test_no_training_ends_by_waiting_for_a_person(compose):
     with pytest.raises(UsageError, match=r"relloc\.study"):
         build.pretraining(compose("train", ["study=human", "eval=[]"]))
     settings = build.evaluating(compose("study", ["study=human"]))
-    assert settings.checkpoints == ["random"]
+    assert settings.checkpoints == ["person"]
     settings = build.evaluating(compose("study", ["study=human", "checkpoint=run"]))
     assert settings.checkpoints == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["study=[human,neighbors]"], ["checkpoint=person", "neighbors"]),
+        (["study=neighbors", "checkpoint=[random,person]"], ["checkpoint=person", "neighbors"]),
+        (["study=human", "model=small"], ["model=small", "checkpoint=person"]),
+    ],
+)
+def test_a_person_is_not_asked_for_what_only_a_network_has(compose, words, named):
+    with pytest.raises(UsageError) as caught:
+        build.evaluating(compose("study", words))
+    assert [word for word in named if word not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize(

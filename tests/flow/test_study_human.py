@@ -12,7 +12,7 @@ from commands import Command, start
 
 from relloc.results import read_results
 
-LINE = ("study=human", "data.source.tiles=[0.4]", "data.source.stride=0.5", "model=small")
+LINE = ("study=human", "data.source.tiles=[0.4]", "data.source.stride=0.5")
 
 
 def started(tmp_path: Path, environment: dict[str, str], folder: str, *more: str) -> Command:
@@ -55,7 +55,9 @@ def test_a_person_is_killed_goes_on_and_is_measured(tmp_path, environment):
     answer(paused, 2)
     os.kill(paused.pid, signal.SIGINT)
     assert paused.wait() == 130
-    assert "hydra.run.dir" in paused.text
+    assert "3 answers saved" in paused.text
+    assert "to resume" in paused.text
+    assert "nothing had been saved" not in paused.text
 
     finishing = started(tmp_path, environment, "asked", "study.human.n_questions=5")
     assert answer(finishing, 3)["answered"] == 4
@@ -64,7 +66,7 @@ def test_a_person_is_killed_goes_on_and_is_measured(tmp_path, environment):
     rows = {row.metric: row for row in read_results(tmp_path / "asked")}
     assert {"accuracy", "median_seconds"} <= set(rows)
     assert {(row.eval, row.kind, row.checkpoint) for row in rows.values()} == {
-        ("human", "study", "random")
+        ("human", "study", "person")
     }
     folder = tmp_path / "asked" / "evaluations"
     [file] = folder.glob("answers_*.jsonl")
@@ -90,9 +92,10 @@ def test_a_person_is_asked_once_for_several_checkpoints(tmp_path, environment):
     first = started(tmp_path, environment, "asked", "study.human.n_questions=1")
     assert answer(first, 5)["over"]
     assert first.wait() == 0
-    second = started(tmp_path, environment, "asked", "study.human.n_questions=1", "model=resnet18")
+    words = ("study.human.n_questions=1", "checkpoint=random", "model=small")
+    second = started(tmp_path, environment, "asked", *words)
     assert second.wait() == 0
     assert "http://" not in second.text
     rows = [row for row in read_results(tmp_path / "asked") if row.metric == "accuracy"]
-    assert [row.model for row in rows] == ["small", "resnet18"]
+    assert [(row.checkpoint, row.model) for row in rows] == [("person", ""), ("random", "small")]
     assert len({row.value for row in rows}) == 1

@@ -586,8 +586,9 @@ def test_a_person_beside_chance_and_a_network(tmp_path: Path) -> None:
 def test_answers_are_asked_for_once_for_all_checkpoints(tmp_path: Path) -> None:
     images = image_files(tmp_path, 8)
     evaluations = tmp_path / "run" / "evaluations"
-    first = asked_context(images, None, evaluations / "human_1", checkpoint="random")
+    first = asked_context(images, None, evaluations / "human_1", checkpoint="person")
     alone, printed = measured(STUDY, first, lambda question: question.label)
+    assert not any(_OF_PERSON in score.details for score in alone)
     assert "network_accuracy" not in {score.metric for score in alone}
     assert "network_answer" not in table(evaluations / "human_1" / "answers.csv")[0]
     second = asked_context(images, pretext(Certain()), evaluations / "human_2")

@@ -14,7 +14,7 @@ from relloc.geometry import CHANCE_PERCENT, PatchGrid, ShortSide
 from relloc.patches.pipeline import Color
 from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.relative_location import POSITIONS
-from relloc.results import Score
+from relloc.results import PERSON, Score
 from relloc.studies.accuracies import Share
 from relloc.studies.asking import check_grid, grid_to_ask
 from relloc.studies.csv_tables import write_table
@@ -28,7 +28,7 @@ SETTING = "study.human"
 # The grid of mmselfsup 0.x (docs/protocols.md 1.1), where no network says which it learned on
 PUBLISHED_GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
 _SPLITS = ("held_out", "train")
-# A row names a checkpoint in any case.
+# Said of a person's rows that name a network, which was asked about the same pairs.
 _OF_PERSON = "answers of a person: the checkpoint that this row names had no part in them"
 _LONGEST_NAME = 60
 _LAST_PORT = 65535
@@ -62,6 +62,7 @@ class Human(Evaluation):
     labels = "none"
     version = 1
     wants_pretext = True
+    needs_network = False
     repeatable = False
     layers = ()
     view = "pairs of patches at random places"
@@ -200,10 +201,11 @@ class Human(Evaluation):
         overall = _share_of_all(person)
         context.print_line(f"human   {self.person}: {_in_words(overall)}")
         told = "told" if self.feedback else "not told"
+        whose = () if context.checkpoint == PERSON else (_OF_PERSON,)
         details = (
             f"{overall.pairs:,} pairs",
             f"person {self.person}; colors {type(self.color).__name__}; right answers {told}",
-            _OF_PERSON,
+            *whose,
             f"95 % t interval, clustered by source image; chance is {CHANCE_PERCENT} %",
         )
         score = overall.score("accuracy")
@@ -217,7 +219,7 @@ class Human(Evaluation):
             details=details,
         )
         for position, share in person.by_position().items():
-            yield share.score(f"accuracy_{position}", (_OF_PERSON,))
+            yield share.score(f"accuracy_{position}", whose)
         seconds = float(np.median([each.seconds for each in given]))
         yield Score(
             metric="median_seconds",
@@ -225,7 +227,7 @@ class Human(Evaluation):
             unit="s",
             higher_is_better=None,
             n=person.n_images,
-            details=(f"of {quantity(len(given), 'answer')}", _OF_PERSON),
+            details=(f"of {quantity(len(given), 'answer')}", *whose),
         )
 
 
