@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from relloc.studies.patch_sets import Boxes
-from relloc.transfer.to_device import to_device
+from relloc.to_device import to_device
 
 # Memory, in bytes, for the pixels of boxes that are resized at once.
 _WORK_BYTES = 2**29

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from relloc.to_device import on_device
 from relloc.transfer.resize import Size
-from relloc.transfer.to_device import on_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

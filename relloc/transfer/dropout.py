@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from relloc.seeds import Use, seed_for
+from relloc.to_device import to_device
 from relloc.transfer.random_bits import random_bits
-from relloc.transfer.to_device import to_device
 
 # Layers of a network number their values from multiples of this, so that no two share a number.
 _MOST_VALUES = 1 << 24

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.patches.normalize import ByDataset
-from relloc.transfer.to_device import to_device
+from relloc.to_device import to_device
 
 Size = tuple[int, int]  # height, width
 # RGB pixels, as they are decoded, and after interpolation: whole numbers from 0 to 255 in float32.

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from relloc.to_device import on_device
 from relloc.transfer.detection.batch import round_up_side
 from relloc.transfer.resize import Size
-from relloc.transfer.to_device import on_device
 
 # Height divided by width, as published.
 RATIOS = (0.5, 1.0, 2.0)

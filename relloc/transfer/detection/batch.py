@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from relloc.to_device import on_device
 from relloc.transfer.resize import Size
-from relloc.transfer.to_device import on_device
 
 # Padded sides are multiples of this, in pixels, as in the published configurations.
 SIDE_MULTIPLE = 32

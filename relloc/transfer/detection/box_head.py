@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.ops import batched_nms
 
+from relloc.to_device import on_device
 from relloc.transfer.detection.boxes import ROI_STDS, clip, decode, encode
 from relloc.transfer.detection.groups import mean_over_groups
 from relloc.transfer.detection.regions import Regions
 from relloc.transfer.detections import Detections
 from relloc.transfer.resize import Size
-from relloc.transfer.to_device import on_device
 
 # Of Fast R-CNN's initial weights (Girshick 2015, section 2.3).
 _SCORE_STD = 0.01

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from relloc.transfer.to_device import on_device
+from relloc.to_device import on_device
 
 # Standard deviations by which offsets are divided, as in mmdetection 2.28.2.
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)

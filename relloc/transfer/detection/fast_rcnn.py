@@ -14,6 +14,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.backbone import Backbone
+from relloc.to_device import on_device
 from relloc.transfer.alexnet import FineTunedAlexNet, fc6_of_windows
 from relloc.transfer.detection.align import pool_regions
 from relloc.transfer.detection.box_head import (
@@ -30,7 +31,6 @@ from relloc.transfer.detection.strides import stride_of
 from relloc.transfer.detections import Detections
 from relloc.transfer.dropout import apply_layers
 from relloc.transfer.resize import Size
-from relloc.transfer.to_device import on_device
 
 TEST_RULE = DetectionRule(above_score=0.05, nms_overlap=0.3, most_per_image=100)
 # Cells along each side of a region, in place of CaffeNet's pool5.

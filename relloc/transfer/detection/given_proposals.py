@@ -16,12 +16,12 @@ from torch import Tensor
 
 from relloc.data.annotations import Objects, ProposedImages
 from relloc.seeds import Use, seed_for
+from relloc.to_device import to_device
 from relloc.transfer.detection.batch import pad_images
 from relloc.transfer.detection.boxes import encode
 from relloc.transfer.detection.regions import Regions
 from relloc.transfer.detection.samples import prepared
 from relloc.transfer.resize import FittedImage, Size
-from relloc.transfer.to_device import to_device
 
 # fast-rcnn pads images to the largest of a batch, and no further.
 NO_MULTIPLE = 1

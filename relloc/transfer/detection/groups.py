@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from relloc.transfer.to_device import on_device
+from relloc.to_device import on_device
 
 
 def mean_over_groups(

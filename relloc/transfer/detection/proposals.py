@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.ops import nms
 
+from relloc.to_device import on_device
 from relloc.transfer.detection.anchors import Anchors
 from relloc.transfer.detection.boxes import RPN_STDS, clip, decode
 from relloc.transfer.resize import Size
-from relloc.transfer.to_device import on_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relloc import checks
 from relloc.data.annotations import Mask, ObjectImages, Objects, decode_mask
+from relloc.to_device import bytes_to_device, to_device
 from relloc.transfer.detection.batch import DetectionBatch, Targets, pad_images
 from relloc.transfer.resize import (
     Size,
@@ -22,7 +23,6 @@ from relloc.transfer.resize import (
     nearest_indices,
     resized_and_normalized,
 )
-from relloc.transfer.to_device import bytes_to_device, to_device
 
 # Pixels of a mask in a byte.
 _BITS = 8

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from relloc.to_device import on_device
 from relloc.transfer.random_bits import random_bits
-from relloc.transfer.to_device import on_device
 
 # The priority of what is no candidate. No candidate has it, as bit 31 of theirs is 0.
 _LARGEST = torch.iinfo(torch.int64).max

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relloc import checks
-from relloc.transfer.to_device import to_device
+from relloc.to_device import to_device
 
 # Pixels hold whole numbers from 0 to 255, as if they were uint8. On a GPU arithmetic of floats is
 # faster, and no type has to be changed between steps.

@@ -18,6 +18,7 @@ from relloc import checks
 from relloc.data.annotations import VOID
 from relloc.errors import UsageError
 from relloc.patches.normalize import ByDataset
+from relloc.to_device import bytes_to_device, to_device
 from relloc.transfer.dropout import dropout_seeds
 from relloc.transfer.resize import (
     Interpolation,
@@ -34,7 +35,6 @@ from relloc.transfer.segmentation.photometric import (
     PhotometricDistortion,
     distorted,
 )
-from relloc.transfer.to_device import bytes_to_device, to_device
 
 _CLASS_NUMBERS = 256
 # `RandomCrop` of mmsegmentation 0.30 draws as often again before it keeps what it has.

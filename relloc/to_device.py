@@ -1,4 +1,4 @@
-"""Copies to the device for which the training process does not wait."""
+"""Copies to the device for which the process does not wait."""
 
 from collections.abc import Sequence
 
