@@ -90,7 +90,7 @@ class Neighbors(Evaluation):
     own_image: bool
     drawn: int
     view: RandomPatch
-    batch: int
+    batch: int = dataclasses.field(repr=False)  # decides no number
 
     def __post_init__(self) -> None:
         check_patch_settings(_SETTING, layers=self.layers, patch_px=self.patch_px, batch=self.batch)

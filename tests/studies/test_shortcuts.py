@@ -383,6 +383,11 @@ def test_a_small_network_finds_positions_too(tmp_path: Path) -> None:
     assert found < 0.95 * scores["position_rmse_of_center_none_network", ""].value
 
 
+def test_the_batch_is_not_in_the_fingerprint() -> None:
+    assert repr(study()) == repr(study(batch=5))
+    assert repr(study()) != repr(study(n_images=5))
+
+
 def test_batches_and_workers_change_nothing_and_files_hold_all(
     splits: Splits, tmp_path: Path
 ) -> None:

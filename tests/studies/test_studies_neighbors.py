@@ -280,3 +280,9 @@ def test_a_box_beyond_its_image_is_told_with_the_size_of_the_image(
 ) -> None:
     with pytest.raises(UsageError, match=r"chosen\[0\]\.box .* 60 x 40 px"):
         run(images, tmp_path, chosen=[{"image": 0, "box": [0, 0, 61, 30]}])
+
+
+def test_what_decides_no_number_is_not_in_the_fingerprint() -> None:
+    first = study()
+    assert repr(first) == repr(study(batch=7))
+    assert repr(first) != repr(study(k=5))

@@ -59,7 +59,7 @@ class Shortcuts(Evaluation):
 
     layers: Sequence[str]
     view: View
-    batch: int
+    batch: int = dataclasses.field(repr=False)  # decides no number
     n_images: int
     train_images: int
     noise_images: int
