@@ -336,7 +336,6 @@ def _mining(
             yield EncodedPatches(
                 features={EMBEDDING: vectors[part].to(device).float()},
                 images=patches.images[part].numpy(),
-                places=patches.images[part].numpy(),
                 boxes=patches.boxes[part].numpy(),
             )
 

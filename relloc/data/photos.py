@@ -11,16 +11,14 @@ import importlib.util
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 
 from relloc import checks
-from relloc.data.image_set import Splits
+from relloc.data.image_set import Role, Splits
 from relloc.data.images import read_rgb
 from relloc.errors import DataError
 
-Split = Literal["train", "held_out"]
 # The package that each photograph comes with, and its path in there
 _FILES = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -82,7 +80,7 @@ def tiles_of(
     width: int,
     height: int,
     *,
-    split: Split,
+    split: Role,
     tiles: Sequence[float],
     stride: float,
 ) -> list[Tile]:
@@ -139,7 +137,7 @@ class PhotoTiles:
     name = "photos"
     classes = tuple(_FILES)
 
-    def __init__(self, *, split: Split, tiles: Sequence[float], stride: float) -> None:
+    def __init__(self, *, split: Role, tiles: Sequence[float], stride: float) -> None:
         self.split = split
         # Photographs are decoded once; tiles are cut out of them when they are read.
         self._photos = {photo: read_photo(photo) for photo in _FILES}

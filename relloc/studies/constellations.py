@@ -177,8 +177,8 @@ def _counts(indices: Sequence[int], n: int, seed: int) -> dict[int, int]:
     rng = random.Random(seed_for(Use.DISCOVERY_IMAGES, seed))
     with_one_more = set(rng.sample(range(len(indices)), n_with_one_more))
     counts = {}
-    for place, index in enumerate(indices):
-        count = of_each + (place in with_one_more)
+    for position, index in enumerate(indices):
+        count = of_each + (position in with_one_more)
         if count:
             counts[index] = count
     return counts

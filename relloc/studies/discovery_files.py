@@ -47,11 +47,13 @@ def write_clusters(
 
     `selected` are those that are not redundant; `selected_classes` say what these mostly show.
     """
-    place_of = {cluster.number: place for place, cluster in enumerate(selected)}
+    index_in_selected = {}
+    for index, cluster in enumerate(selected):
+        index_in_selected[cluster.number] = index
 
     def lines() -> Iterator[Sequence[object]]:
         for rank, cluster in enumerate(clusters, start=1):
-            place = place_of.get(cluster.number)
+            index = index_in_selected.get(cluster.number)
             left, top, right, _ = cluster.seed_boxes[0].tolist()
             mean_score = cluster.scores.mean() if len(cluster.scores) else np.nan
             yield (
@@ -65,8 +67,8 @@ def write_clusters(
                 len(cluster.images),
                 cluster.n_searched,
                 "" if np.isnan(mean_score) else f"{mean_score:.4f}",
-                "" if place is None else place + 1,
-                "" if place is None else selected_classes[place],
+                "" if index is None else index + 1,
+                "" if index is None else selected_classes[index],
             )
 
     header = (
@@ -82,10 +84,10 @@ def write_cluster_images(selected: Sequence[Cluster], images: ImageSet, folder: 
     def lines() -> Iterator[Sequence[object]]:
         for number, cluster in enumerate(selected, start=1):
             found = zip(cluster.images.tolist(), cluster.scores, cluster.boxes, strict=True)
-            for place, (index, score, boxes) in enumerate(found, start=1):
+            for rank, (index, score, boxes) in enumerate(found, start=1):
                 source = path_as_text(images.source(index))
                 corners = boxes.ravel().tolist()
-                yield number, place, source, index, f"{score:.4f}", *corners
+                yield number, rank, source, index, f"{score:.4f}", *corners
 
     header = ["selected", "place", "source", "image", "score"]
     for patch in ("upper_left", "upper_right", "lower_left", "lower_right"):
@@ -167,11 +169,11 @@ def save_cluster_sheets(
 
     rows = []
     first = 0
-    for place, cluster in enumerate(clusters):
+    for number, (cluster, class_name) in enumerate(zip(clusters, classes, strict=True), start=1):
         verified = f"{len(cluster.images)} of {cluster.n_searched} verified"
         name = path_as_text(images.source(cluster.seed_image))
-        number = f"cluster {place + 1}" if place < n_selected else "not selected"
-        caption = (f"{number}: {verified}", classes[place], Path(name).name)
+        heading = f"cluster {number}" if number <= n_selected else "not selected"
+        caption = (f"{heading}: {verified}", class_name, Path(name).name)
         row = [
             Tile(
                 pixels=drawn[first],

@@ -151,13 +151,13 @@ def _parts_in_memory(
     """Yields parts of `order` whose padded boxes fit into `most_bytes`, one box at least."""
     first = 0
     tallest = widest = 0
-    for place, box in enumerate(order):
+    for position, box in enumerate(order):
         tallest = max(tallest, int(heights[box]))
         widest = max(widest, int(widths[box]))
-        n_boxes = place + 1 - first
+        n_boxes = position + 1 - first
         if n_boxes > 1 and n_boxes * tallest * widest * _BYTES_PER_PIXEL > most_bytes:
-            yield order[first:place]
-            first = place
+            yield order[first:position]
+            first = position
             tallest = int(heights[box])
             widest = int(widths[box])
     if first < len(order):

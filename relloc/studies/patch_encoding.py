@@ -39,13 +39,11 @@ PatchFeatures = dict[str, Float[Tensor, "b _d"]]  # by layer
 class EncodedPatches:
     """A batch of patches: their features on the device in float32, and where they lie.
 
-    `images` are indices of images. `places` are positions in the `keys` that were asked for, which
-    differ from one another where an image is asked for several times.
+    `images` are the indices of their images.
     """
 
     features: PatchFeatures
     images: Int64[np.ndarray, "b"]
-    places: Int64[np.ndarray, "b"]
     boxes: Boxes
 
 
@@ -113,7 +111,6 @@ def encode_patches(
         yield EncodedPatches(
             features=features,
             images=part.images,
-            places=part.places,
             boxes=part.boxes,
         )
 
@@ -188,7 +185,6 @@ class _Chosen:
     pixels: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     numbers: Int64[np.ndarray, "b"]
     images: Int64[np.ndarray, "b"]
-    places: Int64[np.ndarray, "b"]
     boxes: Boxes
 
     def part(self, start: int, end: int) -> "_Chosen":
@@ -197,7 +193,6 @@ class _Chosen:
             pixels=self.pixels,
             numbers=self.numbers[start:end],
             images=self.images[start:end],
-            places=self.places[start:end],
             boxes=self.boxes[start:end],
         )
 
@@ -213,7 +208,6 @@ def _chosen_patches(read: Iterable[SampleBatch[_ImageWithBoxes]]) -> Iterator[_C
             pixels=[sample.pixels for sample in samples],
             numbers=np.repeat(np.arange(len(samples)), counts),
             images=np.repeat(np.array(indices, dtype=np.int64), counts),
-            places=np.repeat(np.array(sample_batch.places, dtype=np.int64), counts),
             boxes=np.concatenate(boxes),
         )
 
@@ -255,7 +249,6 @@ def _joined(waiting: Sequence[tuple[Tensor, _Chosen]]) -> tuple[Tensor, _Chosen]
         pixels=[],
         numbers=np.concatenate([part.numbers for part in parts]),
         images=np.concatenate([part.images for part in parts]),
-        places=np.concatenate([part.places for part in parts]),
         boxes=np.concatenate([part.boxes for part in parts]),
     )
     return torch.cat([patches for patches, _ in waiting]), joined

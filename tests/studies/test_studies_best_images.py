@@ -32,7 +32,6 @@ def in_batches(features, images, boxes, size):
         yield EncodedPatches(
             features={"embedding": features[rows]},
             images=images[rows],
-            places=np.zeros(len(images[rows]), dtype=np.int64),
             boxes=boxes[rows],
         )
 

@@ -57,7 +57,7 @@ def test_batches_and_workers_change_nothing(
     usual = encoded(backbone, images)
     other = encoded(backbone, images, batch=batch, workers=workers)
     assert max(len(each.images) for each in other) <= batch
-    for name in ("images", "places", "boxes"):
+    for name in ("images", "boxes"):
         expected = np.concatenate([getattr(each, name) for each in usual])
         found = np.concatenate([getattr(each, name) for each in other])
         assert expected.tolist() == found.tolist()
@@ -74,8 +74,6 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(
     with_broken = FolderImages(name="made", split="train", paths=paths, labels=[], classes=())
     found = encoded(backbone, with_broken, unreadable_share=0.5)
     assert set(np.concatenate([each.images for each in found])) == {0, 3, 4}
-    # Places count keys, so that those of images behind it stay.
-    assert set(np.concatenate([each.places for each in found])) == {0, 3, 4}
     with pytest.raises(DataError, match=r"broken\.png"):
         encoded(backbone, with_broken)
 
