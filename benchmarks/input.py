@@ -1,8 +1,9 @@
-"""Images/s from JPEG bytes on disk to uint8 batches on the device, by the path of training.
+"""Images/s from files on disk to uint8 batches on the device, by the path of training.
 
-Original files beside packed shards of the same images, by the number of workers; and decoding
-alone. "a core" is by the processor seconds used, which other work on the same cores changes little.
-Files are read several times, so that they come from the page cache: the disk is not measured.
+Original files beside shards of the same images, packed as JPEGs and as pixels, by the number of
+workers; and decoding alone. "a core" is by the processor seconds used, which other work on the
+same cores changes little. Files are read several times, so that they come from the page cache: the
+disk is not measured.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from relloc.data.crops import Crops
 from relloc.data.folder import FolderImages, folder
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.loader import Unreadable
-from relloc.data.packing import Packing, pack
+from relloc.data.manifest import JPEG, PIXELS
+from relloc.data.packing import Packing, pack, packing_of
 from relloc.data.shards import shards
 from relloc.data.slots import load_in_slots
 from relloc.geometry import PatchGrid, ShortSide
@@ -39,34 +41,41 @@ from relloc.seeds import Use
 GRID = PatchGrid(
     patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292)
 )  # conf/grid/mmselfsup.yaml
-PACKING = Packing(
-    short_px=292, quality=90, subsampling="4:2:0", images_per_shard=5000
-)  # conf/prepare.yaml
+# As conf/prepare.yaml packs by default, and with format=pixels
+PACKINGS = {
+    f"{name} shards": packing_of(format=format, short_px=292)
+    for name, format in (("JPEG", JPEG), ("pixel", PIXELS))
+}
 BATCH = 64
 DECODED = 512  # JPEGs that decoding alone goes through
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Time both kinds of files, then decoding alone."""
+    """Time the three kinds of files, then decoding alone."""
     asked = _asked()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = _some(folder(name="files", root=asked.root, held_out_share=0.05), asked.files)
-    with _packed(files, asked.shards) as packed:
-        sides: dict[str, ImageSet] = {
-            "original files": files.train,
-            "shards": shards(root=str(packed)).train,
-        }
+    with contextlib.ExitStack() as until_timed:
+        sides: dict[str, ImageSet] = {"original files": files.train}
+        folders: dict[str, Path] = {}
+        for name, given in (("JPEG shards", asked.shards), ("pixel shards", asked.pixels)):
+            packing = PACKINGS[name]
+            folders[name] = until_timed.enter_context(_packed(files, given, packing))
+            sides[name] = shards(root=str(folders[name])).train
         rows = [row for workers in asked.workers for row in _loading(sides, workers, device, asked)]
-        jpegs = {"original files": _file_jpegs(files.train), "shards": _shard_jpegs(packed)}
+        jpegs = {
+            "original files": _file_jpegs(files.train),
+            "JPEG shards": _shard_jpegs(folders["JPEG shards"]),
+        }
         rows += [
             row
             for source, content in jpegs.items()
             for row in _decoding(source, content, device, asked)
         ]
     report.tell(
-        "JPEG bytes to uint8 batches", rows, _ratios(rows, asked), asked.json, settings=vars(asked)
+        "files to uint8 batches", rows, _ratios(rows, asked), asked.json, settings=vars(asked)
     )
 
 
@@ -194,12 +203,18 @@ def _row(
 
 def _ratios(rows: list[Row], asked: argparse.Namespace) -> dict[str, float]:
     loaded = {(row["source"], row["workers"]): row for row in rows if row["workers"] is not None}
-    return {
-        f"shards to original files, {workers} workers, {by}": loaded["shards", workers][by]
-        / loaded["original files", workers][by]
-        for workers in asked.workers
-        for by in ("images/s", "a core")
-    }
+    pairs = (
+        ("JPEG shards", "original files"),
+        ("pixel shards", "original files"),
+        ("pixel shards", "JPEG shards"),
+    )
+    ratios = {}
+    for side, other in pairs:
+        for workers in asked.workers:
+            for by in ("images/s", "a core"):
+                ratio = loaded[side, workers][by] / loaded[other, workers][by]
+                ratios[f"{side} to {other}, {workers} workers, {by}"] = ratio
+    return ratios
 
 
 def _some(data: Splits, most: int) -> Splits:
@@ -213,7 +228,7 @@ def _some(data: Splits, most: int) -> Splits:
 
 
 @contextlib.contextmanager
-def _packed(files: Splits, given: Path | None) -> Iterator[Path]:
+def _packed(files: Splits, given: Path | None, packing: Packing) -> Iterator[Path]:
     """The shards given; else a temporary folder with these files packed."""
     if given:
         yield given
@@ -221,7 +236,7 @@ def _packed(files: Splits, given: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="relloc_shards_") as made:
         out = Path(made) / "packed"
         workers = len(os.sched_getaffinity(0))
-        pack(files, out, PACKING, workers=workers, progress=lambda *_: _untold())
+        pack(files, out, packing, workers=workers, progress=lambda *_: _untold())
         yield out
 
 
@@ -266,6 +281,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument(
         "--shards", type=Path, help="what relloc.prepare made of the same; else packed for this run"
     )
+    parser.add_argument("--pixels", type=Path, help="the same with format=pixels")
     parser.add_argument(
         "--files", type=int, default=2000, help="files of the root to use at most, evenly spread"
     )

@@ -149,6 +149,24 @@ def read_file(path: Path) -> ImageFile:
     return ImageFile(content=content, rgb=rgb, is_plain_jpeg=is_plain_jpeg)
 
 
+def read_size(path: Path) -> Pair:
+    """Returns the height and width of a file's image as it is stored, before it is turned upright.
+
+    Only the beginning of the file is read: it may still turn out to be truncated.
+
+    Raises:
+        UnreadableImage: the file is missing, empty, zero-sized, no image, or larger than
+            `MOST_PIXELS`.
+    """
+    with _opened(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=FORMATS) as image:
+            check_size(*image.size)
+            if min(image.size) == 0:
+                raise ValueError("zero-sized")
+            return image.height, image.width
+
+
 def begins_as_image(path: str) -> bool:
     """True if the first bytes of a file are those of an image format.
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from relloc.files import read_text
 from relloc.terminal import quantity
 
 FORMAT = "relloc shards"
-VERSION = 1
+# How images are stored, and the version of such a folder. They differ, so that a relloc that knows
+# JPEGs only refuses pixels, and does not report each image as a damaged JPEG.
+JPEG = "jpeg"
+PIXELS = "pixels"
+VERSIONS = {JPEG: 1, PIXELS: 2}
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
 # Settings of a packing that is not finished.
@@ -31,7 +36,7 @@ SETTINGS_FILE = "settings.json"
 _AGAIN = "Copy it again from where it was packed, or pack into a new folder"
 # Bytes of a line of names: paths on Linux have up to 4096 characters.
 _LONGEST_NAME = 1 << 16
-# Bytes of one JPEG: no more than its pixels take. A sparse tar may claim more.
+# Bytes of one image: no more than its pixels take. A sparse tar may claim more.
 _MOST_STORED_BYTES = 3 * MOST_PIXELS
 # The types of the manifest's values, as `_misfit` checks them.
 _SPLIT_FORM = {
@@ -100,15 +105,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = None
     if isinstance(manifest, dict):
         version = (manifest.get("format"), manifest.get("version"))
-    if version != (FORMAT, VERSION):
+    if version not in [(FORMAT, known) for known in VERSIONS.values()]:
+        known = " or ".join(map(str, VERSIONS.values()))
         raise DataError(
-            f"{path} is not of {FORMAT} version {VERSION} but {version}: "
-            "pack again with this relloc"
+            f"{path} is not of {FORMAT} version {known} but {version}: pack again with this relloc"
         )
     wrong = _misfit(manifest, _FORM, "manifest") or _contradiction(manifest)
     if wrong:
         raise DataError(f"{path} is not as relloc.prepare writes it, see {wrong}. {_AGAIN}")
     return manifest
+
+
+def holds_pixels(manifest: Mapping[str, Any]) -> bool:
+    """Returns whether the images of a packed folder are stored as pixels, and not as JPEGs."""
+    return manifest["version"] == VERSIONS[PIXELS]
+
+
+def packing_in_words(manifest: Mapping[str, Any]) -> str:
+    """Returns how the images of a packed folder are stored, such as "pixels, short side 292 px"."""
+    packed = manifest["packed"]
+    at_most = "" if packed.get("enlarge") else "of at most "
+    size = f"short side {at_most}{packed['short_px']} px"
+    if holds_pixels(manifest):
+        return f"pixels, {size}"
+    # Other programs may have written other values, or none.
+    quality = packed.get("quality")
+    subsampling = packed.get("subsampling")
+    return f"JPEG of quality {quality} {subsampling}, {size}"
 
 
 def read_json(path: Path, advice: str) -> Any:
@@ -140,7 +163,11 @@ def _misfit(value: Any, form: Any, where: str) -> str:
 
 def _contradiction(manifest: dict[str, Any]) -> str:
     """Returns which value of a manifest is impossible though its type is right, or ""."""
-    per_shard = manifest["packed"]["images_per_shard"]
+    packed = manifest["packed"]
+    # Older relloc knew JPEGs only, and did not say so.
+    if packed.get("format", JPEG) != (PIXELS if holds_pixels(manifest) else JPEG):
+        return "packed.format"
+    per_shard = packed["images_per_shard"]
     if not 1 <= per_shard < 1 << 63:
         return "packed.images_per_shard"
     for role in ROLES:
@@ -192,10 +219,13 @@ def file_hash(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str, np.ndarray]:
+def read_index(
+    folder: Path, about: dict[str, Any], per_shard: int, *, is_of_pixels: bool
+) -> dict[str, np.ndarray]:
     """Returns the index of a split, which is known to fit its tars and its list of names.
 
-    `about` is the split's entry in the manifest, `per_shard` the number of images in a tar.
+    `about` is the split's entry in the manifest, `per_shard` the number of images in a tar. With
+    `is_of_pixels` the index has the height of each image, too.
 
     Raises:
         DataError: the index can't be read or does not fit, a file is missing, or a tar has another
@@ -224,6 +254,8 @@ def read_index(folder: Path, about: dict[str, Any], per_shard: int) -> dict[str,
         # As bytes, since the library takes only paths that are UTF-8.
         index = load(path.read_bytes())
     wrong = _index_misfit(index, about, per_shard, names_path.stat().st_size)
+    if is_of_pixels:
+        wrong = wrong or _heights_misfit(index)
     if wrong:
         raise DataError(
             f"{path} does not fit {MANIFEST} ({wrong}): copy both again, or pack into a new folder"
@@ -249,6 +281,7 @@ def _shapes_misfit(index: dict[str, np.ndarray], about: dict[str, Any]) -> str:
     shapes = {
         "offset": (n_images,),
         "size": (n_images,),
+        "height": (n_images,),
         "name_offset": (n_images + 1,),
         "label": (n_images,),
         "presence": (n_images, n_classes),
@@ -275,7 +308,7 @@ def _positions_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_s
     # Sizes are checked first: the sum of an offset and a size near 2^63 overflows.
     sizes_fit = _within(size, 0, np.minimum(tar_bytes, _MOST_STORED_BYTES))
     if not sizes_fit or not _within(offset, 0, tar_bytes - size):
-        return "an image lies outside of its tar, or is larger than any JPEG"
+        return "an image lies outside of its tar, or is larger than any image"
 
     # In one tar, each image starts behind the end of the one before. Size 0 is no image.
     stored = np.flatnonzero(size)
@@ -285,6 +318,21 @@ def _positions_misfit(index: dict[str, np.ndarray], about: dict[str, Any], per_s
     overlaps = offset[later] < offset[earlier] + size[earlier]
     if (same_tar & overlaps).any():
         return "images overlap"
+    return ""
+
+
+def _heights_misfit(index: dict[str, np.ndarray]) -> str:
+    """Returns what is wrong with the heights of images that are stored as pixels, or ""."""
+    height = index.get("height")
+    if height is None:
+        return "it has no height of each image"
+    size = index["size"]
+    # Size 0 is no image, and has no height.
+    stored = size > 0
+    heights_fit = _within(height[stored], 1, size[stored] // 3)
+    # Only heights of 1 and more are divided by.
+    if not heights_fit or (size[stored] % (3 * height[stored])).any():
+        return "the pixels of an image are no rectangle"
     return ""
 
 

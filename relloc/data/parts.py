@@ -15,9 +15,10 @@ import numpy as np
 
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import ROLES, ImageSet, Role, Splits
-from relloc.data.images import ImageFile, read_file
+from relloc.data.images import ImageFile, read_file, read_size
 from relloc.errors import DataError, data_errors
 from relloc.files import write_whole, writing
+from relloc.geometry import Pair
 
 # The record of an image: size in pixels, hash of its file, and whether it has a single color. The
 # height is 0 if the image can't be read.
@@ -89,6 +90,20 @@ def original(images: ImageSet, index: int) -> ImageFile:
         rgb=rgb,
         is_plain_jpeg=False,
     )
+
+
+def original_size(images: ImageSet, index: int) -> Pair:
+    """Returns the height and width of an image; of a file, only the beginning is read.
+
+    Of a file that is to be turned upright, the two are exchanged.
+
+    Raises:
+        UnreadableImage: the file can't be opened, or is no image.
+    """
+    if isinstance(images, FolderImages):
+        return read_size(Path(images.paths[index]))
+    image = images.read(index)
+    return image.height, image.width
 
 
 def names(images: ImageSet) -> list[str]:

@@ -3,10 +3,13 @@
 A packed folder holds manifest.json, which says how it was made, and for each split (such as train):
 
 - SPLIT-000000.tar and so on: members 000000012.jpg and, if labeled, 000000012.cls (the class number
-  in decimal digits). A tar holds `images_per_shard` consecutive image numbers.
+  in decimal digits). A tar holds `images_per_shard` consecutive image numbers. Where images are
+  stored as pixels (version 2 of the folder) members are 000000012.ppm.
 - SPLIT-index.safetensors: `offset` and `size` in bytes of each JPEG in its tar, so that images can
   be read in any order; `label` or, if images may show several classes, `presence` (images x
-  classes: 1 there, 0 difficult, -1 not there); and `name_offset`, bytes in the next file.
+  classes: 1 there, 0 difficult, -1 not there); and `name_offset`, bytes in the next file. Of
+  images that are stored as pixels, `offset` and `size` are those of the pixels, without the header
+  of the PPM file, and `height` is the number of their rows.
 - SPLIT-names.jsonl: the original name of each image.
 
 An image that could not be read when packed keeps its number, has size 0 and is in no tar.
@@ -34,7 +37,17 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from relloc.data.contents import versioned
 from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.images import check_size
-from relloc.data.manifest import file_hash, names_name, read_index, read_manifest, shard_name
+from relloc.data.manifest import (
+    file_hash,
+    holds_pixels,
+    names_name,
+    packing_in_words,
+    read_index,
+    read_manifest,
+    shard_name,
+)
+from relloc.data.mapped_files import MappedFiles
+from relloc.data.pixels import as_image
 from relloc.data.unnamed import UNNAMED
 from relloc.errors import DataError, UnreadableImage, data_errors
 
@@ -126,11 +139,12 @@ class _Files:
 
 
 class ShardImages:
-    """The images of one split of a packed folder: an `ImageSet` that reads single JPEGs from tars.
+    """The images of one split of a packed folder: an `ImageSet` that reads single images from tars.
 
-    It needs 24 bytes of memory an image (32 with labels), which forked processes share. Pickled it
-    is only the folder's name, and is opened again where it is unpickled. `source(index)` is the
-    original name of the image, below the folder of the originals.
+    It needs 24 bytes of memory an image (32 with labels, and 8 more where pixels are stored), which
+    forked processes share. Pickled it is only the folder's name, and is opened again where it is
+    unpickled. `source(index)` is the original name of the image, below the folder of the originals.
+    `packing` says in words how the images were packed.
 
     Raises:
         DataError: the folder is missing, unfinished, of another version, or incomplete.
@@ -153,13 +167,19 @@ class ShardImages:
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self._per_shard: int = packed["images_per_shard"]
         self._names = self.folder / names_name(self.split)
-        self._index = read_index(self.folder, about, self._per_shard)
+        self.packing: str = packing_in_words(manifest)
+        self._index = read_index(
+            self.folder, about, self._per_shard, is_of_pixels=holds_pixels(manifest)
+        )
+        # Heights of images that are stored as pixels; None if they are JPEGs.
+        self._heights = self._index["height"] if holds_pixels(manifest) else None
         labels = self._index.get("label")
         self.labels: Sequence[int] | None = None
         if labels is not None:
             # 8 bytes a label, where a list would need several times as much.
             self.labels = array.array("q", labels.tobytes())
         self._files = _Files()
+        self._mapped_files = MappedFiles()
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self.folder, self.role)
@@ -174,6 +194,9 @@ class ShardImages:
 
     def read_array(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """Returns the pixels of an image; faster than `read` for callers that only cut them.
+
+        Images that are stored as pixels are views of their mapped file, which can't be written to:
+        a caller that cuts them reads no more than it cuts.
 
         Raises:
             UnreadableImage: the image could not be read when packed, or its tar is damaged.
@@ -191,6 +214,9 @@ class ShardImages:
         offsets = self._index["offset"]
         offset = int(offsets[index])
         try:
+            if self._heights is not None:
+                pixels = self._mapped_files.view(tar, offset, size)
+                return as_image(pixels, int(self._heights[index]))
             content = self._files.read(tar, offset, size)
         except (OSError, EOFError) as error:
             kind = type(error).__name__
@@ -230,6 +256,10 @@ class ShardImages:
             if values is not None:
                 contiguous = np.ascontiguousarray(values)
                 hasher.update(contiguous.tobytes())
+        # Only of images that have it, so that the digests of others stay what they were.
+        if self._heights is not None:
+            hasher.update(b"height")
+            hasher.update(np.ascontiguousarray(self._heights).tobytes())
         hasher.update(file_hash(self._names))
         return versioned(hasher)
 
@@ -262,4 +292,8 @@ def shards(*, root: str) -> Splits:
         # Only images that may show several classes have `presence`.
         kind = MultiLabeledShards if about.get("multi_labeled") else ShardImages
         splits[role] = kind(folder, role)
-    return Splits(**splits, is_unnamed=manifest["name"] == UNNAMED)
+    return Splits(
+        **splits,
+        remarks=(f"packed as {packing_in_words(manifest)}",),
+        is_unnamed=manifest["name"] == UNNAMED,
+    )

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from relloc import checks, neutral, ranks
 from relloc.data.image_set import Splits
 from relloc.data.order import StepPlan
-from relloc.data.packing import Packing
+from relloc.data.packing import Packing, packing_of
 from relloc.data.views import Center
 from relloc.errors import MissingData, UsageError
 from relloc.evaluation.contract import BATCH_NORMS, EvalSettings, Evaluation, NamedEvaluation
@@ -495,11 +495,16 @@ def evaluating(config: DictConfig) -> Evaluating:
 def preparing(config: DictConfig) -> Preparing:
     """Builds what relloc.prepare runs. Raises what `pretraining` raises."""
     given = resolved(config)
-    names = ("short_px", "quality", "subsampling", "images_per_shard")
+    # Those that the format decides where they are "auto"
+    names = ("enlarge", "quality", "subsampling", "images_per_shard")
     return Preparing(
         data=_data_set("data", given["data"]),
         out=given["out"],
-        packing=Packing(**{name: given[name] for name in names}),
+        packing=packing_of(
+            format=given["format"],
+            short_px=given["short_px"],
+            **{name: _unless_auto(given[name]) for name in names},
+        ),
         workers=_unless_auto(given["workers"]),
     )
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits
+from relloc.data.shards import ShardImages
 from relloc.data.unnamed import UNNAMED
 from relloc.runs.data_of_run import CONFIG_FILE
 from relloc.runs.engine import Engine
@@ -88,6 +89,12 @@ class Invocation:
             "relloc.engine": str(engine),
             "relloc.config": identity_of(self.settings),
         }
+        # Packing changes pixels, so that results are to say how it was done.
+        packings = [
+            splits.train.packing for splits in data if isinstance(splits.train, ShardImages)
+        ]
+        if packings:
+            tags["relloc.packed"] = "; ".join(dict.fromkeys(packings))
         if self.choices.get("experiment"):
             tags["relloc.preset"] = str(self.choices["experiment"])
         # The launcher of a sweep sets the first variable, a SLURM job the second: NAME=VALUE;...

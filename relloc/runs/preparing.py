@@ -55,6 +55,7 @@ def _prepared(settings: Preparing, invocation: Invocation) -> Check:
             settings.packing,
             workers=workers,
             progress=progress,
+            print_message=console.print_message,
         )
         _print_findings(findings)
         _print_packed(out, settings.packing)
@@ -170,11 +171,20 @@ def _print_packed(out: Path, packing: Packing) -> None:
         split = manifest[role]
         stored = split["stored"]
         tars = split["shards"]
-        kept = quantity(stored["kept"], "JPEG kept as it was", "JPEGs kept as they were")
+        one, several = "JPEG kept as it was", "JPEGs kept as they were"
+        if packing.in_pixels:
+            one, several = "image kept in its size", "images kept in their size"
+        parts = [
+            quantity(stored["kept"], one, several),
+            f"{stored['reduced']} reduced to {packing.short_px} px",
+        ]
+        if packing.enlarge:
+            parts.append(f"{stored.get('enlarged', 0)} enlarged to it")
+        if not packing.in_pixels:
+            parts.append(f"{stored['encoded']} encoded")
         megabytes = sum(tar["bytes"] for tar in tars) / 1e6
         console.print_message(
             f"packed  {split['split']}: {megabytes:.1f} MB in {quantity(len(tars), 'tar')}; "
-            f"{kept}, {stored['reduced']} reduced to "
-            f"{packing.short_px} px, {stored['encoded']} encoded"
+            f"{', '.join(parts)}"
         )
     console.print_message(f"written {out}; what was checked is in {CHECK_FILE} there")

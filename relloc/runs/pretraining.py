@@ -19,11 +19,12 @@ from relloc.checkpoints.hashed_files import hash_file
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import collate
-from relloc.data.manifest import read_manifest
+from relloc.data.manifest import holds_pixels, read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
 from relloc.evaluation.contract import BATCH_NORMS, NamedEvaluation
 from relloc.files import path_as_text
+from relloc.geometry import ShortSide
 from relloc.models.backbone import Backbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, count_hits, predict_positions
@@ -225,11 +226,18 @@ def _warn_of_small_shards(settings: Pretraining) -> None:
     manifest = read_manifest(Path(shards))
     packed_px = manifest["packed"]["short_px"]
     wanted_px = resize.longest_short_side()
-    # Small originals can't be packed larger: only images that packing reduced are worth a warning.
+    # Small originals show no more when packed larger: only images that packing reduced are worth a
+    # warning.
     if packed_px < wanted_px and manifest["train"]["stored"]["reduced"]:
         console.print_message(
             f"shards  packed at a short side of {packed_px} px, and this grid enlarges them "
             f"to up to {wanted_px} px: pack them with short_px={wanted_px}"
+        )
+    # Pixels are packed to be cut only. Of sizes that are drawn anew each time none can be packed.
+    elif packed_px != wanted_px and isinstance(resize, ShortSide) and holds_pixels(manifest):
+        console.print_message(
+            f"shards  pixels of a short side of {packed_px} px, and this grid resizes each crop to "
+            f"{wanted_px} px: packed with short_px={wanted_px}, crops are only cut, which is faster"
         )
 
 

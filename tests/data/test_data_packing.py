@@ -22,6 +22,9 @@ from relloc.data.shards import shards
 from relloc.errors import DataError, UnreadableImage, UsageError
 
 PACKING = {"short_px": 96, "quality": 90, "subsampling": "4:2:0", "images_per_shard": 4}
+# What makes of these settings those of pixels
+PIXELS = {"format": "pixels", "quality": None, "subsampling": None, "enlarge": True}
+in_each_format = pytest.mark.parametrize("format", [{}, PIXELS], ids=["jpeg", "pixels"])
 
 
 @contextlib.contextmanager
@@ -116,7 +119,8 @@ def test_the_manifest_says_how_all_came_to_be(mixed: tuple[Path, Path]) -> None:
     assert PACKING.items() <= manifest["packed"].items()
     assert manifest["packed"]["encoder"].startswith("Pillow ")
     train = manifest["train"]
-    assert train["stored"] == {"kept": 2, "reduced": 3, "encoded": 3, "unreadable": 2}
+    counts = {"kept": 2, "reduced": 3, "encoded": 3, "enlarged": 0, "unreadable": 2}
+    assert train["stored"] == counts
     assert train["classes"] == ["a", "b"]
     assert set(train["unreadable"]) == {name.removeprefix("train/") for name in BROKEN}
     for tar in train["shards"]:
@@ -147,11 +151,15 @@ def test_images_that_are_no_files_are_packed_too(tmp_path: Path) -> None:
         assert np.abs(difference).mean() < 6
 
 
+@in_each_format
 def test_the_bytes_depend_neither_on_processes_nor_on_where_the_originals_lie(
-    mixed: tuple[Path, Path], tmp_path: Path
+    mixed: tuple[Path, Path], tmp_path: Path, format: dict
 ) -> None:
-    _, out = mixed
-    packed(of(write_mixed(tmp_path / "elsewhere")), tmp_path / "out", workers=1)
+    root, out = mixed
+    if format:
+        out = tmp_path / "here"
+        packed(of(root), out, **format)
+    packed(of(write_mixed(tmp_path / "elsewhere")), tmp_path / "out", workers=1, **format)
     assert files(tmp_path / "out") == files(out)
 
 
@@ -173,18 +181,20 @@ class Interrupt:
         yield tell
 
 
+@in_each_format
 def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: dict
 ) -> None:
     monkeypatch.setattr("relloc.data.processes._LOOK_EVERY_S", 0.001)
     data = of(write_many(tmp_path / "originals", 40, 12, height=400, width=500))
-    packed(data, tmp_path / "straight")
+    packed(data, tmp_path / "straight", **format)
     written_at: dict[str, int] = {}
     befores = []
     for after in (12, 30):
         stop = Interrupt(after)
         with pytest.raises(KeyboardInterrupt):
-            pack(data, tmp_path / "out", Packing(**PACKING), workers=2, progress=stop)
+            packing = Packing(**(PACKING | format))
+            pack(data, tmp_path / "out", packing, workers=2, progress=stop)
         befores += stop.done_before
         unfinished = tmp_path / "out" / "unfinished"
         finished = {path.stem for path in unfinished.glob("*-*.json")}
@@ -199,8 +209,31 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bytes(
         with pytest.raises(DataError, match="not finished.* same prepare command"):
             shards(root=str(tmp_path / "out"))
     assert befores[0] == 0 < befores[1] < 40
-    packed(data, tmp_path / "out", workers=1)
+    packed(data, tmp_path / "out", workers=1, **format)
     assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_packing_that_an_older_relloc_began_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings say nothing of formats, as it knew JPEGs only."""
+    monkeypatch.setattr("relloc.data.processes._LOOK_EVERY_S", 0.001)
+    data = of(write_many(tmp_path / "originals", 20, 4, height=400, width=500))
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        pack(data, out, Packing(**PACKING), workers=1, progress=Interrupt(10))
+    settings = out / "unfinished/settings.json"
+    written = json.loads(settings.read_bytes())
+    settings.write_text(
+        json.dumps({key: written[key] for key in written.keys() - {"format", "enlarge"}})
+    )
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert before
+    packed(data, out)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert before.items() <= after.items()
+    with pytest.raises(DataError, match="format was jpeg, now pixels"):
+        packed(data, out, **PIXELS)
 
 
 def test_a_finished_folder_is_left_as_it_is(mixed: tuple[Path, Path]) -> None:

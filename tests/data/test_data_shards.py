@@ -303,7 +303,7 @@ def test_a_folder_that_is_none_or_not_ours_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"format": "relloc shards", "version": 2}', '{"format": "mine"}', "[]", "{"]
+    "content", ['{"format": "relloc shards", "version": 3}', '{"format": "mine"}', "[]", "{"]
 )
 def test_another_manifest_is_refused(copy: Path, content: str) -> None:
     (copy / "manifest.json").write_text(content)
@@ -439,7 +439,7 @@ def test_json_of_other_kinds_is_one_message(copy: Path, content: bytes) -> None:
         shards(root=str(copy))
 
 
-@pytest.mark.parametrize("reason", ["larger than any JPEG", "other names"])
+@pytest.mark.parametrize("reason", ["larger than any image", "other names"])
 def test_files_that_are_mostly_holes_ask_for_no_memory(copy: Path, reason: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     columns = {

@@ -20,6 +20,8 @@ from relloc.data.folder import folder
 from relloc.data.manifest import UNFINISHED
 from relloc.data.packing import Packing, pack
 from relloc.data.shards import shards
+from relloc.results import read_results
+from relloc.tracking import RunRecord, read_journal
 
 FOLDER = ("data=folder", "data.name=mine")
 
@@ -120,7 +122,7 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(
     assert sorted(os.listdir(tmp_path)) == ["originals", "out", "straight"]  # no run folder
 
 
-def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_the_folder(
+def test_training_from_shards_of_kept_images_gives_the_weights_of_training_from_the_folder(
     relloc, tmp_path
 ):
     write_many(tmp_path / "originals", 40, 8)
@@ -128,8 +130,13 @@ def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_t
     packed = relloc("prepare", *FOLDER, "data.root=originals", "out=out", "images_per_shard=7")
     assert packed.code == 0, packed.text
     stored = json.loads((tmp_path / "out/manifest.json").read_bytes())["train"]["stored"]
-    assert stored == {"kept": 39, "unreadable": 1, "encoded": 0, "reduced": 0}
+    counts = {"kept": 39, "unreadable": 1, "encoded": 0, "reduced": 0, "enlarged": 0}
+    assert stored == counts
     assert shards(root=str(tmp_path / "out")).labeled
+    line = (*FOLDER, "data.root=originals", "out=pixels", "format=pixels", "short_px=96")
+    packed = relloc("prepare", *line)
+    assert packed.code == 0, packed.text
+    assert "39 images kept in their size" in packed.text
 
     tiny = [word for word in TINY if not word.startswith("data.source.")]
     line = (
@@ -141,10 +148,74 @@ def test_training_from_shards_of_kept_jpegs_gives_the_weights_of_training_from_t
         "eval=[]",
     )
     weights = []
-    for name, more in (("folder", ()), ("shards", ("data.shards=out",))):
+    packings = (("folder", ()), ("jpegs", ("data.shards=out",)), ("px", ("data.shards=pixels",)))
+    for name, more in packings:
         run_dir = tmp_path / name
         done = relloc("train", *line, *more, "tracking=none", f"hydra.run.dir={run_dir}")
         assert done.code == 0, done.text
         weights.append(load_file(run_dir / "backbone.safetensors"))
-    from_folder, from_shards = weights
-    assert all(torch.equal(from_folder[name], from_shards[name]) for name in from_folder)
+    from_folder, from_jpegs, from_pixels = weights
+    for name, expected in from_folder.items():
+        assert torch.equal(expected, from_jpegs[name])
+        assert torch.equal(expected, from_pixels[name])
+    said = [RunRecord.read(tmp_path / name).tags.get("relloc.packed") for name, _ in packings]
+    assert said == [
+        None,
+        "JPEG of quality 90 4:2:0, short side of at most 292 px",
+        "pixels, short side 96 px",
+    ]
+
+
+def test_a_training_from_enlarged_pixels_goes_on_to_the_bit_and_is_evaluated(
+    relloc, tmp_path, tmp_path_factory
+):
+    write_many(tmp_path / "originals", 40, 8, height=40, width=51)
+    words = ("data.root=originals", "out=pixels", "format=pixels", "short_px=64", "workers=2")
+    packed = relloc("prepare", *FOLDER, *words, "images_per_shard=7")
+    assert packed.code == 0, packed.text
+    assert "40 enlarged" in packed.text
+
+    tiny = [word for word in TINY if not word.startswith("data.source.")]
+    line = (
+        *FOLDER,
+        *tiny,
+        "data.shards=pixels",
+        "schedule.milestone_epochs=[]",
+        "tracking=none",
+        "workers=2",
+        "report_every_steps=1",
+    )
+    # Two steps, with a file of 40 images that crops are only cut from
+    two_steps = relloc("train", *line, "schedule.epochs=1", "eval=[knn]", "hydra.run.dir=two")
+    assert two_steps.code == 0, two_steps.text
+    assert read_journal(tmp_path / "two")[-1].step == 2
+    assert "each crop" not in two_steps.text
+    assert any(row.eval == "knn" for row in read_results(tmp_path / "two"))
+
+    longer = (*line, "schedule.epochs=10", "eval=[]", "save_every_s=0")
+    undisturbed = relloc("train", *longer, "hydra.run.dir=undisturbed")
+    assert undisturbed.code == 0, undisturbed.text
+    command = start(
+        "relloc.train",
+        *longer,
+        "hydra.run.dir=killed",
+        folder=tmp_path,
+        output=tmp_path_factory.mktemp("output") / "output.txt",
+    )
+    killed = tmp_path / "killed"
+    assert command.wait_for(lambda: len(read_journal(killed)) >= 5), command.text
+    assert command.kill() == -signal.SIGKILL
+    again = relloc("train", *longer, "hydra.run.dir=killed")
+    assert again.code == 0, again.text
+    assert "resume" in again.text
+    weights = [
+        load_file(tmp_path / name / "backbone.safetensors") for name in ("undisturbed", "killed")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    # A grid of another size resizes each crop again, which is said.
+    other = relloc(
+        "train", *line, "schedule.epochs=1", "eval=[]", "grid.resize.px=60", "hydra.run.dir=other"
+    )
+    assert other.code == 0, other.text
+    assert re.search(r"short side of 64 px.*60 px.*short_px=60", other.text)

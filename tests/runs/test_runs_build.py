@@ -15,6 +15,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
 from relloc.data.image_set import Splits
+from relloc.data.packing import Packing
 from relloc.data.photos import photos
 from relloc.errors import DataError, MissingData, UsageError
 from relloc.pretext.relative_location import RelativeLocation
@@ -397,6 +398,32 @@ def test_a_preset_of_another_command_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], Packing(short_px=292, quality=90, subsampling="4:2:0", images_per_shard=5000)),
+        (
+            ["format=pixels", "short_px=336"],
+            Packing(short_px=336, format="pixels", enlarge=True, images_per_shard=500),
+        ),
+        (
+            ["format=pixels", "enlarge=false", "images_per_shard=7", "quality=null"],
+            Packing(short_px=292, format="pixels", images_per_shard=7),
+        ),
+        (
+            ["enlarge=true", "quality=80"],
+            Packing(
+                short_px=292, quality=80, subsampling="4:2:0", images_per_shard=5000, enlarge=True
+            ),
+        ),
+    ],
+)
+def test_the_format_of_packing_decides_what_is_not_given(
+    words: list[str], expected: Packing
+) -> None:
+    assert build.preparing(composed("prepare", *words)).packing == expected
+
+
+@pytest.mark.parametrize(
     ("words", "setting"),
     [
         (["out=''"], "out= names no folder"),
@@ -408,6 +435,11 @@ def test_a_preset_of_another_command_is_told() -> None:
         (["short_px=0"], "short_px is 0"),
         (["quality=101"], "quality is 101"),
         (["subsampling='4:1:1'"], "subsampling is 4:1:1"),
+        (["format=png"], "format is png"),
+        (["format=null"], "format is None"),
+        (["format=pixels", "quality=95"], "quality is 95"),
+        (["format=pixels", "subsampling=4:4:4"], "subsampling is 4:4:4"),
+        (["images_per_shard=0"], "images_per_shard is 0"),
     ],
 )
 def test_a_packing_that_cannot_be_is_told_by_its_setting(words: list[str], setting: str) -> None:

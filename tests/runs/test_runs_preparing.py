@@ -87,6 +87,24 @@ def test_packing_tells_what_became_of_images_and_how_to_train_on_them(
     assert next_command in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_packing_pixels_tells_the_space_and_what_was_enlarged(
+    originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "packed"
+    words = (f"data.root={originals}", f"out={out}", "short_px=96", "format=pixels")
+    run(*words)
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(r"pack +about 0\.00 GB.* GB", output)
+    assert re.search(r"train: .* 1 image kept.*3 reduced to 96 px.*4 enlarged", output)
+    assert "JPEG" not in output
+    run(f"data.shards={out}")
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert "pixels, short side 96 px" in output
+    assert "checked " in output
+    with pytest.raises(DataError, match="format was pixels, now jpeg"):
+        run(*words[:-1])
+
+
 def prepared(
     capsys: pytest.CaptureFixture[str], member: str, root: Path, *words: str
 ) -> tuple[str, dict[str, list[str]]]:

@@ -160,7 +160,7 @@ def test_prepare_leaves_nothing_of_hydra(
         asked.append(config.quality)
 
     assert launched(note, "prepare", *words) == 0
-    assert asked == ([80, 90] if words else [90])
+    assert asked == ([80, 90] if words else ["auto"])
     assert below(tmp_path) == []
     assert len(scratch) == 1
     assert not Path(scratch.pop()).exists()
