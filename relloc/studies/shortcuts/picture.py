@@ -27,6 +27,10 @@ _HEIGHT_OF_PANEL = 3.9
 _COLUMNS = 4
 _DPI = 110
 _CHARACTERS_OF_VERDICTS = 92
+_LARGEST_FONT = 9  # points, of the verdicts
+# Inches that a character takes at that size: DejaVu Sans, and the same in bold
+_INCHES_PER_CHARACTER = (0.069, 0.078, 0.069)
+_SPREAD = 0.08  # of series that have points at the same places, so that intervals can be told apart
 Panel = tuple[str, Callable[[Axes], None]]
 
 
@@ -62,7 +66,7 @@ def draw_findings(
         axis = figure.add_subplot(places[row, column])
         axis.set_title(name, fontsize=10)
         draw(axis)
-    _write_verdicts(figure.add_subplot(places[rows, :]), verdicts)
+    _write_verdicts(figure.add_subplot(places[rows, :]), verdicts, width)
     with writing(path) as file:
         figure.savefig(file, dpi=_DPI, format="png")
 
@@ -107,11 +111,11 @@ def _draw_patches(axis: Axes, findings: Findings) -> None:
     """Draws errors relative to the center's by layer, of all images and of the easiest tenth."""
     sources = findings.sources
     layers = list(dict.fromkeys(layer for _, layer in findings.patch_errors))
-    for color in findings.colors:
+    for number, color in enumerate(findings.colors):
         places, of_all, of_easiest = [], [], []
         for place, layer in enumerate(layers):
             errors = findings.patch_errors[color, layer]
-            places.append(place)
+            places.append(place + _offset(number, len(findings.colors)))
             of_all.append(root_of_ratio(errors.all_error, errors.all_center, sources))
             easiest = errors.easiest()
             easy_sources = errors.easiest_of(sources)
@@ -125,20 +129,22 @@ def _draw_patches(axis: Axes, findings: Findings) -> None:
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
     axis.set_xticks(range(len(layers)), layers, fontsize=8)
     axis.set_ylabel("error relative to always the center\n(dotted: easiest tenth)", fontsize=9)
-    axis.legend(fontsize=7)
+    _add_legend(axis)
 
 
 def _draw_maps(axis: Axes, findings: Findings) -> None:
     layers: list[str] = []
-    for images, by_layer in findings.map_errors.items():
+    for number, (images, by_layer) in enumerate(findings.map_errors.items()):
         sources = findings.sources_of_maps(images)
         found = [explained_percent(errors, sources) for errors in by_layer.values()]
         layers = list(by_layer)
-        _draw_line(axis, list(range(len(found))), found, label=f"maps of {images}")
+        offset = _offset(number, len(findings.map_errors))
+        places = [place + offset for place in range(len(found))]
+        _draw_line(axis, places, found, label=f"maps of {images}")
     axis.axhline(0, color="black", linestyle="--", linewidth=1)
     axis.set_xticks(range(len(layers)), layers, fontsize=8)
     axis.set_ylabel("R² of the place, %", fontsize=9)
-    axis.legend(fontsize=7)
+    _add_legend(axis)
 
 
 def _draw_lens(
@@ -151,15 +157,21 @@ def _draw_lens(
     _draw_line(axis, percent, found, label="colors as trained")
     prefix = f"{lens_noise(strengths.lens[-1])}_"
     treated = [question for name, question in by_name.items() if name.startswith(prefix)]
-    # Side by side, since they are all of the strongest lens
-    step = percent[-1] / 12
+    # Side by side and by their names, since they are all of the strongest lens
+    step = percent[-1] / 4
+    places = list(percent)
+    names = [f"{each:g}" for each in percent]
     for number, question in enumerate(treated, start=1):
         place = percent[-1] + number * step
+        places.append(place)
+        names.append(textwrap.fill(question.color, 10))
         _draw_line(axis, [place], [findings.accuracy(question)], label=f"colors {question.color}")
     _draw_chance(axis)
-    axis.set_xlabel("green closer to the center by, %", fontsize=9)
-    axis.set_xticks(percent)
-    axis.legend(fontsize=7)
+    axis.set_xlabel(
+        f"green closer to the center by, %; by names: {percent[-1]:g} % with such colors",
+        fontsize=8,
+    )
+    axis.set_xticks(places, names, fontsize=7)
 
 
 def _draw_shifts(
@@ -168,16 +180,17 @@ def _draw_shifts(
     series = (("inward", radial_shift), ("to the right", horizontal_shift))
     places = [0, *shifts(strengths)]
     places.sort()
-    for label, name in series:
+    for number, (label, name) in enumerate(series):
         found = []
         for shift in places:
             question = by_name[name(shift) if shift else "photographs"]
             found.append(findings.accuracy(question))
-        _draw_line(axis, places, found, label=f"green {label}")
+        offset = _offset(number, len(series))
+        _draw_line(axis, [place + offset for place in places], found, label=f"green {label}")
     _draw_chance(axis)
     axis.set_xticks(places)
     axis.set_xlabel("shift, px", fontsize=9)
-    axis.legend(fontsize=7)
+    _add_legend(axis)
 
 
 def _draw_colors(axis: Axes, findings: Findings, by_name: dict[str, Question]) -> None:
@@ -197,7 +210,7 @@ def _draw_colors(axis: Axes, findings: Findings, by_name: dict[str, Question]) -
     _draw_line(axis, through, lens, label="through a further lens", joined=False)
     _draw_chance(axis)
     axis.set_xticks(list(places), colors, fontsize=8)
-    axis.legend(fontsize=7)
+    _add_legend(axis)
 
 
 def _draw_bars(axis: Axes, findings: Findings, asked: Sequence[Question]) -> None:
@@ -250,6 +263,22 @@ def _draw_line(
     return line.get_color()
 
 
+def _offset(number: int, n_series: int) -> float:
+    """Returns how far the points of a series stand beside their places."""
+    return (number - (n_series - 1) / 2) * _SPREAD
+
+
+def _add_legend(axis: Axes) -> None:
+    """Adds a legend above everything that is drawn, so that it covers no interval."""
+    _, labels = axis.get_legend_handles_labels()
+    columns = 2
+    lines = -(-len(labels) // columns)
+    low, high = axis.get_ylim()
+    # A line takes about 7 % of the height of a panel
+    axis.set_ylim(low, high + (0.03 + 0.07 * lines) * (high - low))
+    axis.legend(fontsize=7, ncols=columns, loc="upper center")
+
+
 def _draw_chance(axis: Axes) -> None:
     axis.axhline(CHANCE_PERCENT, color="black", linestyle="--", linewidth=1)
     axis.set_ylabel("pretext accuracy, % (chance dashed)", fontsize=9)
@@ -260,15 +289,32 @@ def _shown_half_width(estimate: Estimate) -> float:
     return estimate.half_width if estimate.half_width < float("inf") else 0.0
 
 
-def _write_verdicts(axis: Axes, verdicts: Sequence[Verdict]) -> None:
+def _write_verdicts(axis: Axes, verdicts: Sequence[Verdict], width: float) -> None:
+    """Writes a line for each verdict; `width` is that of the picture in inches."""
     axis.set_axis_off()
     lines = []
     for verdict in verdicts:
         name = textwrap.shorten(verdict.full_title, _CHARACTERS_OF_VERDICTS, placeholder="…")
         lines.append((name, verdict.verdict_text, verdict.number_text))
+    starts, size = _columns_of_verdicts(lines, width)
     step = 1 / max(1, len(lines))
-    for number, (name, words, text) in enumerate(lines):
+    for number, line in enumerate(lines):
         height = 1 - (number + 0.5) * step
-        axis.text(0.0, height, name, fontsize=9, va="center")
-        axis.text(0.33, height, words, fontsize=9, va="center", fontweight="bold")
-        axis.text(0.55, height, text, fontsize=9, va="center")
+        for start, text, weight in zip(starts, line, ("normal", "bold", "normal"), strict=True):
+            axis.text(start, height, text, fontsize=size, va="center", fontweight=weight)
+
+
+def _columns_of_verdicts(
+    lines: Sequence[tuple[str, str, str]], width: float
+) -> tuple[list[float], float]:
+    """Returns where the three columns begin, in parts of `width` (inches), and the font's size."""
+    starts = []
+    total = 0.0
+    for column, inches in enumerate(_INCHES_PER_CHARACTER):
+        longest = max((len(line[column]) for line in lines), default=0)
+        starts.append(total)
+        # Two characters lie between columns
+        total += (longest + 2) * inches
+    # Longer lines are written smaller
+    scale = min(1.0, width / total)
+    return [start * scale / width for start in starts], _LARGEST_FONT * scale

@@ -141,7 +141,7 @@ def contrasts(strengths: Strengths, patches: PatchPipeline) -> list[Contrast]:
     return [
         Contrast(
             shortcut="lens",
-            title=f"chromatic aberration of {lens:.2%} in noise",
+            title=f"chromatic aberration of {100 * lens:g} % in noise",
             question=lens_noise(lens),
             control=None,
         ),
@@ -225,7 +225,7 @@ def _about_photographs(
     through_lens = dataclasses.replace(
         plain,
         name="lens",
-        title=f"photographs through a further lens of {strongest:.2%}",
+        title=f"photographs through a further lens of {100 * strongest:g} %",
         change=functools.partial(distortions.through_lens, fraction=strongest),
     )
     asked = []
@@ -280,7 +280,7 @@ def _about_lenses(
     for fraction in (0.0, *strengths.lens):
         question = Question(
             name=lens_noise(fraction),
-            title=f"gray noise through a lens of {fraction:.2%}",
+            title=f"gray noise through a lens of {100 * fraction:g} %",
             kind="field",
             change=functools.partial(distortions.field_through_lens, fraction=fraction),
             patches=patches,
