@@ -324,6 +324,9 @@ def _lidar_score(rank: Score, read: _Read, layer: str) -> Score:
         ValueError: the features do not define it.
     """
     scatter = read.scatters[layer]
+    features = f"features are means over the map of {layer}"
+    if layer == "avgpool":
+        features = "features are means over the map of feature5, so that this is LiDAR of feature5"
     n_patches = read.lidar.patches if read.lidar else 0
     return dataclasses.replace(
         rank,
@@ -335,7 +338,7 @@ def _lidar_score(rank: Score, read: _Read, layer: str) -> Score:
         details=(
             f"surrogate classes are {quantity(scatter.n, 'image')}, each with {n_patches} patches "
             f"of {read.patch_px} px at random places of its view",
-            f"features are means over the map of {layer}",
+            features,
         ),
     )
 

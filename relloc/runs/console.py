@@ -40,6 +40,8 @@ _last_line: dict[str, float] = {}
 
 _HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {
     "avgpool": "pool",
+    # What the pretext head gets of a patch, which is of no layer
+    "embedding": "embedding",
     "": "value",
 }
 _LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
@@ -192,7 +194,7 @@ def results_table(rows: Sequence[Result], width: int) -> Table:
     numbers are never cut.
     """
     headlines = [row for row in rows if row.headline]
-    measured_layers = {row.layer for row in headlines}
+    measured_layers = {_layer_in_table(row) for row in headlines}
     layers = [layer for layer in _HEADS if layer in measured_layers]
     is_narrow = width < _NARROW
     table = Table(
@@ -249,8 +251,24 @@ def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], di
         batch_norm = row.batch_norm.replace("_", " ")
         lines = table.setdefault(escaped(evaluation), {})
         values = lines.setdefault((escaped(weights), batch_norm), {})
-        values[row.layer] = f"{row.value:.1f}"
+        values[_layer_in_table(row)] = _in_digits(row)
     return table
+
+
+def _layer_in_table(row: Result) -> str:
+    """Returns the layer in whose column a number is printed, one of `_HEADS`."""
+    # Studies of patches name the embedding where they name layers in reports
+    if not row.layer and "embedding" in (row.column, row.variant):
+        return "embedding"
+    return row.layer
+
+
+def _in_digits(row: Result) -> str:
+    """Returns the value as it is printed: percent with one digit, small other numbers with more."""
+    is_share = row.unit.startswith(("%", "points"))
+    # Correlations and exponents differ in their third digit
+    digits = 1 if is_share or abs(row.value) >= 10 else 3
+    return f"{row.value:.{digits}f}"
 
 
 def print_measured(rows: Sequence[Result]) -> None:
@@ -265,7 +283,7 @@ def print_measured(rows: Sequence[Result]) -> None:
         is_in_table = row.table in tables and row.variant in ("", row.layer)
         if row.headline or is_in_table:
             key = (row.layer, row.batch_norm.replace("_", " "))
-            lines.setdefault(key, []).append(f"{row.metric} {row.value:.1f}")
+            lines.setdefault(key, []).append(f"{row.metric} {_in_digits(row)}")
     for (layer, batch_norm), numbers in lines.items():
         evaluation = f"{rows[0].eval} {layer}".strip()
         print_message(f"        {evaluation}, {batch_norm}: {', '.join(numbers)}")

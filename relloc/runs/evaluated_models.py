@@ -57,8 +57,7 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
         )
 
     # Find the model of random and supervised weights.
-    sweep_names = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))
-    sweep_files = [name for name in sweep_names if name not in NO_FILES]
+    sweep_files = files_of_sweep()
     if loaded:
         model = next(iter(loaded.values())).model
     elif sweep_files and not settings.model:
@@ -70,6 +69,12 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     if any(one.evaluation.wants_pretext for one in settings.evaluations):
         return [_with_pretext(each) for each in models]
     return models
+
+
+def files_of_sweep() -> list[str]:
+    """Returns the checkpoints of all points of the sweep that are files; none outside of sweeps."""
+    names = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))
+    return [name for name in names if name not in NO_FILES]
 
 
 def _with_pretext(model: EvaluatedModel) -> EvaluatedModel:

@@ -32,12 +32,19 @@ from relloc.pretext.stopping import stop_request
 from relloc.reports.load import find_measured
 from relloc.reports.render import as_markdown
 from relloc.reports.table import make_report
-from relloc.results import RESULTS_FILE, Result, append_results, read_results, tracked_eval
+from relloc.results import (
+    NO_FILES,
+    RESULTS_FILE,
+    Result,
+    append_results,
+    read_results,
+    tracked_eval,
+)
 from relloc.runs import console, known_answers
 from relloc.runs.build import ChosenEvaluation, Evaluating
 from relloc.runs.data_sets import DATA_PAGE
 from relloc.runs.engine import Engine, resolve_engine
-from relloc.runs.evaluated_models import evaluated_models
+from relloc.runs.evaluated_models import evaluated_models, files_of_sweep
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
@@ -122,7 +129,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         report_known_answers(run_dir, answers, fingerprints)
     if settings.report:
         console.print_next("report", console.from_here(run_dir), "--out", "report.html")
-    else:
+    elif fingerprints:
         console.print_next("report", console.from_here(run_dir))
 
 
@@ -179,6 +186,9 @@ def _refuse_all_without_head(
 ) -> None:
     """Raises `UsageError` where an evaluation asks the pretext head and no weights have one."""
     if any(model.pretext for model in models):
+        return
+    # Random weights beside run folders are left out, also where each is a point of a sweep.
+    if files_of_sweep() and all(model.checkpoint in NO_FILES for model in models):
         return
     checkpoints = ",".join(model.checkpoint for model in models)
     for chosen in evaluations:

@@ -164,6 +164,23 @@ def test_the_title_names_what_was_measured_on_training_images(shown) -> None:
     assert "held out" not in alone
 
 
+def test_an_embedding_has_a_column_and_small_numbers_have_their_digits(shown) -> None:
+    layer = dataclasses.replace(
+        row("neighbors", "feature3", "random", value=0.2468), unit="correlation", column="feature3"
+    )
+    embedding = dataclasses.replace(layer, layer="", column="embedding", value=0.5864)
+    rank = dataclasses.replace(layer, metric="rankme", unit="directions", value=64.18)
+    share = dataclasses.replace(layer, metric="accuracy", unit="%", value=5.04)
+    text = shown(200, [layer, embedding, rank, share])
+    [head] = [line for line in text.splitlines() if "batch norm" in line]
+    assert head.split()[-2:] == ["f3", "embedding"]
+    assert "value" not in head
+    [line] = [line for line in text.splitlines() if "correlation" in line]
+    assert line.split()[-2:] == ["0.247", "0.586"]
+    assert "64.2" in text
+    assert "5.0 " in text
+
+
 def test_numbers_of_two_batch_norms_stand_in_lines_of_their_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

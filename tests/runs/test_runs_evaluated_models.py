@@ -22,6 +22,8 @@ from relloc.models.resnet import ResNetBackbone
 from relloc.runs import build
 from relloc.runs.build import Evaluating
 from relloc.runs.evaluated_models import evaluated_models, supervised_weights
+from relloc.runs.evaluating import _refuse_all_without_head
+from relloc.runs.naming import evaluation_name
 from relloc.runs.settings import conf_dir
 
 RESNET_18 = {
@@ -67,6 +69,38 @@ def test_a_file_of_another_project_needs_no_model_and_is_named_by_its_path(
     output = capsys.readouterr().out.replace("\n", "")
     names = rf"{moco}: torchvision's names .*state_dict\.module\.encoder_q, 120 tensors"
     assert re.search(f"{names}; left out: 120 of mom", output)
+
+
+def of_study(*overrides: str) -> Evaluating:
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return build.evaluating(hydra.compose("study", list(overrides)))
+
+
+def test_a_person_has_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_called(_name: str) -> NoReturn:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr("relloc.runs.evaluated_models.model_of_conf", not_called)
+    person = named(of_study("study=human"))
+    assert (person.checkpoint, person.model) == ("person", "")
+    assert not list(person.backbone.parameters())
+    assert person.pretext is None
+    assert evaluation_name([person], ["photos"], ["human"]) == "person on photos: human"
+
+
+def test_random_weights_of_a_sweep_are_left_out_where_a_study_asks_the_pretext_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = of_study("study=pretext", "checkpoint=random", "model=small")
+    models = evaluated_models(settings)
+    with pytest.raises(UsageError, match=r"checkpoint=random .*checkpoint=RUN_FOLDER"):
+        _refuse_all_without_head(models, settings.evaluations)
+    monkeypatch.setenv("RELLOC_SWEEP_CHECKPOINTS", json.dumps(["random", "torchvision"]))
+    with pytest.raises(UsageError):
+        _refuse_all_without_head(models, settings.evaluations)
+    # Beside a run folder, as with checkpoint=[run,random] in one run
+    monkeypatch.setenv("RELLOC_SWEEP_CHECKPOINTS", json.dumps(["run", "random"]))
+    _refuse_all_without_head(models, settings.evaluations)
 
 
 def test_a_path_of_bytes_that_are_no_text_is_told_as_text(tmp_path: Path, moco: Path) -> None:
