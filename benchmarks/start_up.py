@@ -5,6 +5,10 @@ Commands that answer without torch are timed too. Each is a fresh process; the m
 cluster begins with submitit's process, which starts the command; from the start of the command to
 the end of its first step, of 64 photographs, is read from the journal. What importing takes is
 Python's own account (-X importtime), which makes it slower.
+
+`--compiled` times compiled starts alone, one after the other with one cache of compiled code: with
+an empty cache; in another process; with another gap; and as torch caches by default, where networks
+with ghost batch norm are traced and differentiated in each process.
 """
 
 import os
@@ -23,7 +27,7 @@ from report import REPOSITORY, arguments, tell
 
 from relloc.tracking import open_store, read_journal
 
-LONGEST_S = 300
+LONGEST_S = 600
 SWEEP = (
     "-m",
     "grid.gap_px=range(0,20)",
@@ -48,21 +52,43 @@ TRAINING = (
     "report_every_steps=1",
     "monitor.every_epochs=null",
     "workers=0",
-    "device=cpu",
 )
+# A setting of torch, and the value with which it leaves out networks with functions of their own
+DEFAULT_CACHE = {"TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "0"}
+# torch checks in each process whether the vector instructions of a CPU work, for about 15 s
+NO_CHECK = {"TORCHINDUCTOR_VEC_ISA_OK": "1"}
+# In this order: the first fills the cache
+COMPILED: dict[str, tuple[str, dict[str, str]]] = {
+    "cold": ("grid.gap_px=5", {}),
+    "warm": ("grid.gap_px=5", {}),
+    "warm, another gap and seed": ("grid.gap_px=8", {}),
+    "warm, as torch caches by default": ("grid.gap_px=5", DEFAULT_CACHE),
+}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--compiled", action="store_true", help="time compiled starts, cold and warm"
+    )
+    parser.add_argument("--device", default="cpu", help="where the first steps are taken")
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of the trainings, such as model=resnet50"
+    )
     options = parser.parse_args()
+    words = [f"device={options.device}", *options.overrides]
+    if options.compiled:
+        rows = _compiled_rows(words, options.rounds)
+        tell("start-up, compiled", rows, {}, options.json, settings=vars(options))
+        return
 
     def median(what: str, *command: str) -> dict[str, Any]:
         taken = [_taken(command) for _ in range(options.rounds)]
         return {"what": what, "s": _median(taken, 0), "processor s": _median(taken, 1)}
 
     composing = [float(_output("-c", COMPOSE)) for _ in range(options.rounds)]
-    first = [_first_step_s() for _ in range(options.rounds)]
+    first = [_first_step_s(*words) for _ in range(options.rounds)]
     rows = [
         {"what": "one run composed, Hydra imported before", "s": statistics.median(composing)},
         median("--cfg job, whole command", "-m", "relloc.train", "--cfg", "job"),
@@ -87,7 +113,7 @@ def main() -> None:
     print(f"loaded by --help and --cfg job: {', '.join(loaded) or 'neither torch nor mlflow'}")
 
 
-def _median(taken: Sequence[tuple[float, float]], place: int) -> float:
+def _median(taken: Sequence[tuple[float, ...]], place: int) -> float:
     return statistics.median(pair[place] for pair in taken)
 
 
@@ -118,29 +144,60 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _first_step_s() -> tuple[float, float]:
+def _compiled_rows(words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """First and tenth steps of compiled trainings, each round with an empty cache at first."""
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COMPILED}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="relloc_compiled_") as cache:
+            for number, (name, (grid, variables)) in enumerate(COMPILED.items()):
+                environment = {"TORCHINDUCTOR_CACHE_DIR": cache} | NO_CHECK | variables
+                seed = f"seed={number}"
+                taken[name].append(
+                    _steps_s(10, "compile=true", grid, seed, *words, environment=environment)
+                )
+    return [
+        {
+            "what": f"compiled, {name}",
+            "first step s": _median(times, 0),
+            "tenth step s": _median(times, 1),
+            "processor s": _median(times, 2),
+        }
+        for name, times in taken.items()
+    ]
+
+
+def _first_step_s(*words: str) -> tuple[float, float]:
     """Seconds from the command's start to step 1 in its journal, and its processor seconds."""
+    first, _, processor = _steps_s(1, *words)
+    return first, processor
+
+
+def _steps_s(
+    steps: int, *words: str, environment: dict[str, str] | None = None
+) -> tuple[float, float, float]:
+    """Seconds from the command's start to its first step and to step `steps`, and of the processor.
+
+    The command is killed after these steps.
+    """
     with tempfile.TemporaryDirectory(prefix="relloc_start_") as folder:
         run_dir = Path(folder) / "run"
         open_store(f"sqlite:///{folder}/mlflow.db")  # made once, not in every job
-        line = [sys.executable, "-m", "relloc.train", *TRAINING, f"hydra.run.dir={run_dir}"]
-        environment, started, processor = (
-            os.environ | {"RELLOC_RUNS": folder},
-            time.time(),
-            _children_s(),
-        )
+        line = [sys.executable, "-m", "relloc.train", *TRAINING, *words, f"hydra.run.dir={run_dir}"]
+        environment = os.environ | {"RELLOC_RUNS": folder} | (environment or {})
+        started, processor = time.time(), _children_s()
         command = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
         while (
-            not (told := read_journal(run_dir))
+            len(told := read_journal(run_dir)) < steps
             and command.poll() is None
             and time.time() - started < LONGEST_S
         ):
             time.sleep(0.05)
         command.send_signal(signal.SIGKILL)
         command.wait()
-        if not told:
-            raise SystemExit(f"{' '.join(line)}: no step was told")
-        return told[0].time_ms / 1000 - started, _children_s() - processor
+        if len(told) < steps:
+            raise SystemExit(f"{' '.join(line)}: {len(told)} of {steps} steps were told")
+        first, last = (told[index].time_ms / 1000 - started for index in (0, steps - 1))
+        return first, last, _children_s() - processor
 
 
 def _imports(*command: str) -> dict[str, tuple[float, float]]:
