@@ -19,7 +19,7 @@ from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.dense_structure import dense_structure, unit_places
 from relloc.features.lidar import ViewScatter
 from relloc.features.source import FeatureSource, LiveFeatures
-from relloc.features.spectrum import alpha_req, effective_ranks
+from relloc.features.spectrum import Spectrum
 from relloc.patches.cut import cut
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
@@ -79,13 +79,14 @@ class LabelFree(Evaluation):
     The authors of RankMe take 25,600 images. RankMe grows with their number until that is several
     times the dimensions, so only numbers for the same n can be compared. The default of 4,096
     images is twice the 2,048 dimensions of a ResNet-50's avgpool, is no more than most evaluation
-    splits have, and takes a fortieth of the time for the decomposition in float64 that 25,600
-    images of 9,216 dimensions take.
+    splits have, and takes a tenth of the time for the decomposition in float64 that 25,600 images
+    of 9,216 dimensions take.
 
     Memory that grows with the number of images: on the host 4 bytes for each pooled feature, and 4
     for each channel of each place of an image of DSE, of at most 14 x 14 places; on the device 8
     for each channel of an image of LiDAR. By default that is 0.8, 0.9 and 0.05 GB for a ResNet-50.
-    On the device, LiDAR takes 8 d² bytes for each layer of d channels, and DSE about a gigabyte.
+    On the device, LiDAR takes 8 d² bytes for each layer of d channels, DSE about a gigabyte, and
+    the spectra about 40 m² bytes with m the smaller of images and dimensions, 0.7 GB by default.
 
     `layers`: the layers to measure. `view`: how images are cropped and resized.
     `batch`: the number of images that are read at once.
@@ -132,7 +133,8 @@ class LabelFree(Evaluation):
         if layer != "avgpool":
             details.append(f"features of {layer} pooled as in 3.1")
         try:
-            ranks = effective_ranks(rows)
+            spectrum = Spectrum(rows, device=context.device)
+            rankme = spectrum.rankme()
         except ValueError as error:
             raise UsageError(
                 f"eval.label_free at {layer}: {error}. The network may have diverged or be "
@@ -149,7 +151,7 @@ class LabelFree(Evaluation):
             # A higher rank is not better in itself: it has to be seen beside accuracies.
             higher_is_better=None,
             headline=True,
-            value=ranks.rankme,
+            value=rankme,
             n=len(rows),
             details=tuple(details),
         )
@@ -159,7 +161,7 @@ class LabelFree(Evaluation):
                 variant="stable rank",
                 metric="stable_rank",
                 headline=False,
-                value=ranks.stable_rank,
+                value=spectrum.stable_rank(),
             )
         ]
         # Features may use too few directions for a power law, or be the same everywhere, which is
@@ -172,7 +174,7 @@ class LabelFree(Evaluation):
                     variant="alpha-ReQ",
                     metric="alpha_req",
                     unit="exponent",
-                    value=alpha_req(rows),
+                    value=spectrum.alpha_req(),
                 )
             )
         except ValueError as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relloc.features.spectrum import alpha_req, effective_ranks, rankme, stable_rank
+from relloc.features.spectrum import Spectrum, alpha_req, rankme, stable_rank
 
 Measure = Callable[[Tensor], float]
 MEASURES = pytest.mark.parametrize("measure", [rankme, stable_rank, alpha_req])
@@ -63,8 +63,6 @@ def test_stable_rank_is_the_ratio_of_squared_norms(shape: tuple[int, int]) -> No
     expected = np.linalg.norm(exact, "fro") ** 2 / np.linalg.norm(exact, 2) ** 2
     assert stable_rank(features) == pytest.approx(expected, rel=1e-12)
     assert stable_rank(1e-200 * features.double()) == pytest.approx(expected, rel=1e-9)
-    ranks = effective_ranks(features)
-    assert (ranks.rankme, ranks.stable_rank) == (rankme(features), stable_rank(features))
 
 
 def test_stable_rank_reaches_from_one_to_the_smaller_side() -> None:
@@ -140,9 +138,10 @@ def test_numbers_that_are_not_finite_are_an_error_with_their_count(
 
 
 def test_features_that_collapsed_have_no_rank_and_no_slope() -> None:
-    for measure in (rankme, stable_rank, effective_ranks):
-        with pytest.raises(ValueError, match=r"\b9 images .*zero"):
-            measure(torch.zeros(9, 6))
+    for measure in (rankme, stable_rank):
+        for n, d in ((9, 6), (300, 280)):
+            with pytest.raises(ValueError, match=rf"\b{n} images .*zero"):
+                measure(torch.zeros(n, d))
     same = torch.linspace(0.1, 0.7, 40).repeat(
         30, 1
     )  # sums round, so the mean is not exactly the row
@@ -151,3 +150,113 @@ def test_features_that_collapsed_have_no_rank_and_no_slope() -> None:
         alpha_req(same)
     with pytest.raises(ValueError, match="span 4 directions"):
         alpha_req(noise(5, 20))
+
+
+def pooled(n: int, d: int, dead: int = 0) -> Tensor:
+    """Features as a network pools them: a mean that outweighs all else, and correlated units.
+
+    The last `dead` units are zero.
+    """
+    generator = torch.Generator().manual_seed(3)
+    directions = min(n, d)
+    strengths = torch.arange(1, directions + 1) ** -0.7
+    varied = torch.randn(n, directions, generator=generator) * strengths
+    features = varied @ torch.randn(directions, d, generator=generator) + 0.03 * torch.randn(
+        n, d, generator=generator
+    )
+    features += 20
+    features[:, d - dead :] = 0
+    return features
+
+
+def measured_by_numpy(features: Tensor) -> tuple[float, float, float]:
+    """RankMe, the stable rank and alpha-ReQ from singular values of the features themselves."""
+    exact = features.double().numpy()
+    s = np.linalg.svd(exact, compute_uv=False)
+    p = s / s.sum() + 1e-7
+    eigenvalues = np.linalg.svd(exact - exact.mean(axis=0), compute_uv=False)[3:100] ** 2
+    ranks = np.arange(4, 101)
+    slope, _ = np.polyfit(np.log(ranks), np.log(eigenvalues), 1, w=np.sqrt(1 / ranks))
+    return math.exp(-(p * np.log(p)).sum()), float((s**2).sum() / s.max() ** 2), -slope
+
+
+@pytest.fixture
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the features that were decomposed themselves."""
+    shapes: list[tuple[int, ...]] = []
+    svdvals = torch.linalg.svdvals
+
+    def noted(matrix: Tensor) -> Tensor:
+        shapes.append(tuple(matrix.shape))
+        return svdvals(matrix)
+
+    monkeypatch.setattr(torch.linalg, "svdvals", noted)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "dead"),
+    [
+        (300, 1300, 0),
+        (1300, 300, 0),
+        (1300, 400, 60),
+        (300, 400, 60),
+        (380, 400, 60),
+    ],
+)
+def test_large_features_are_measured_by_their_gram_matrix(
+    decomposed: list[tuple[int, ...]], n: int, d: int, dead: int
+) -> None:
+    features = pooled(n, d, dead)
+    spectrum = Spectrum(features)
+    measured = (spectrum.rankme(), spectrum.stable_rank(), spectrum.alpha_req())
+    assert decomposed == []
+    assert measured == pytest.approx(measured_by_numpy(features), rel=1e-9)
+
+
+def with_twins() -> Tensor:
+    """Half of the images are there twice, so that half of the singular values are zero."""
+    return pooled(200, 500).repeat(2, 1)
+
+
+def with_tiny_directions() -> Tensor:
+    values = torch.logspace(0, -11, 280, dtype=torch.float64)
+    return centered_orthonormal(300, 280) * values
+
+
+def with_tiny_numbers() -> Tensor:
+    return 1e-150 * pooled(300, 280).double()
+
+
+@pytest.mark.parametrize("make", [with_twins, with_tiny_directions, with_tiny_numbers])
+def test_what_is_lost_in_squares_is_decomposed_itself(
+    decomposed: list[tuple[int, ...]], make: Callable[[], Tensor]
+) -> None:
+    features = make()
+    expected = measured_by_numpy(features)
+    spectrum = Spectrum(features)
+    assert (spectrum.rankme(), spectrum.stable_rank()) == pytest.approx(expected[:2], rel=1e-9)
+    # Once for both
+    assert decomposed == [tuple(features.shape)]
+    assert spectrum.alpha_req() == pytest.approx(expected[2], rel=1e-9)
+    assert spectrum.rankme() == pytest.approx(expected[0], rel=1e-9)
+    assert len(decomposed) <= 2
+
+
+def test_a_large_spectrum_of_few_directions_ends_where_they_do() -> None:
+    generator = torch.Generator().manual_seed(4)
+    few = torch.randn(300, 50, generator=generator, dtype=torch.float64)
+    features = few @ torch.randn(50, 400, generator=generator, dtype=torch.float64)
+    eigenvalues = np.linalg.svd(features - features.mean(dim=0), compute_uv=False)[3:50] ** 2
+    ranks = np.arange(4, 51)
+    slope, _ = np.polyfit(np.log(ranks), np.log(eigenvalues), 1, w=np.sqrt(1 / ranks))
+    assert alpha_req(features) == pytest.approx(-slope, rel=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(300, 1300), (1300, 300)])
+def test_a_gpu_measures_the_same(shape: tuple[int, int]) -> None:
+    features = pooled(*shape)
+    spectrum = Spectrum(features, device=torch.device("cuda"))
+    measured = (spectrum.rankme(), spectrum.stable_rank(), spectrum.alpha_req())
+    assert measured == pytest.approx(measured_by_numpy(features), rel=1e-9)
