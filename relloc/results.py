@@ -183,6 +183,11 @@ def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str) -> str:
     return name
 
 
+def folder_of_files(evaluation: str, fingerprint: str) -> Path:
+    """Returns where pictures and tables of an evaluation lie, relative to the run folder."""
+    return Path("evaluations") / f"{evaluation}_{fingerprint}"
+
+
 def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
     """Appends a batch of rows to the run folder's results.jsonl; they are on disk when it returns.
 

@@ -44,7 +44,7 @@ from relloc.features.source import (
     free_gib,
 )
 from relloc.models.backbone import Backbone
-from relloc.results import Result, Score
+from relloc.results import Result, Score, folder_of_files
 
 # Enters fingerprints. To raise when other images are drawn to recalibrate batch norm on.
 _CALIBRATION_VERSION = 2
@@ -74,7 +74,7 @@ class EvalPart:
     @property
     def folder(self) -> Path:
         """Where its pictures and tables go, relative to the run folder."""
-        return Path("evaluations") / f"{self.named.name}_{self.fingerprint}"
+        return folder_of_files(self.named.name, self.fingerprint)
 
 
 def split_evaluation(

@@ -36,7 +36,7 @@ from relloc.reports.published import (
     parts_of,
     published_numbers,
 )
-from relloc.results import LAYERS, Result
+from relloc.results import LAYERS, Result, folder_of_files
 
 # The choices of --rows: published relative location and its controls, or other pretext tasks too
 ROWS = ("card", "all")
@@ -486,6 +486,7 @@ def _row_notes(
     if has_more:
         (of_row or of_line).append("…")
     of_line += _layer_reasons(same_label)
+    of_line += _files(same_label)
     notes = ["; ".join(of_line), "; ".join(of_row)]
     return tuple(filter(None, notes))
 
@@ -517,6 +518,16 @@ def _shared(texts_of_each: Sequence[Sequence[str]]) -> list[str]:
     """Returns the texts that are in all lists, in the order of the first."""
     first = texts_of_each[0]
     return [text for text in first if all(text in others for others in texts_of_each)]
+
+
+def _files(entries: Sequence[ReportEntry]) -> list[str]:
+    """Returns phrases that say where pictures and tables of the evaluations of some numbers are."""
+    folders = []
+    for entry in entries:
+        row = entry.result
+        folders.append(entry.measured.run.folder / folder_of_files(row.eval, row.fingerprint))
+    there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    return [f"pictures and tables: {', '.join(map(str, there))}"] if there else []
 
 
 def _layer_reasons(entries: Sequence[ReportEntry]) -> list[str]:

@@ -584,6 +584,22 @@ def test_a_table_of_a_study_says_once_which_images_it_is_about(
     ]
 
 
+def test_notes_of_a_study_say_where_its_pictures_are(
+    result: Callable[..., Result], tmp_path: Path
+) -> None:
+    rows = [
+        study_row(result, 4.0, fingerprint="f1", variant="lens"),
+        study_row(result, 5.0, fingerprint="f2", variant="border"),
+    ]
+    run = dataclasses.replace(measured(rows[0])[0].run, folder=tmp_path)
+    with_files = tmp_path / "evaluations" / "mine_f1"
+    with_files.mkdir(parents=True)
+    (group,) = make_report(Measured(result=row, run=run) for row in rows).groups
+    notes = [" ".join(row.notes) for row in group.tables[0].rows]
+    assert all(str(with_files) in note for note in notes)
+    assert not any("mine_f2" in note for note in notes)
+
+
 def test_two_measurements_of_a_study_are_named_by_their_runs_in_all_rows(
     result: Callable[..., Result],
 ) -> None:
