@@ -238,6 +238,14 @@ class ReadingProcesses(Iterator[Answer]):
         except (EOFError, OSError) as error:
             # To know the exit code, the process has to be waited for.
             worker.process.join(_LOOK_EVERY_S)
+            # What the system does to a process that reads memory of a file which has become shorter
+            # (relloc.data.mapped_files)
+            if worker.process.exitcode == -signal.SIGBUS:
+                raise Interrupted(
+                    "a process that reads images was ended by SIGBUS: a packed file was cut off "
+                    "while it was read, or its disk failed. Check it with "
+                    "python -m relloc.prepare data.shards=…, and start the same command again"
+                ) from error
             raise Interrupted(
                 "a process that reads images was killed, most often because memory ran out "
                 f"(workers={self._workers}): give fewer, such as workers=2, or more memory, and "

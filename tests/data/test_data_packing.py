@@ -345,8 +345,13 @@ def test_what_an_older_relloc_packed_is_read_but_not_packed_on(tmp_path: Path) -
             "0123456789abcdef"  # as it identified images
         )
         del manifest[role]["index_sha256"]
+        del manifest[role]["stored"]["enlarged"]
+    del manifest["packed"]["format"], manifest["packed"]["enlarge"]
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
-    assert len(shards(root=str(tmp_path / "out")).train) == 10
+    images = shards(root=str(tmp_path / "out")).train
+    assert len(images) == 10
+    assert min(images.read(0).size) == 96
+    assert images.packing == "JPEG of quality 90 4:2:0, short side of at most 96 px"
     with pytest.raises(DataError, match="older relloc"):
         packed(of(root), tmp_path / "out", workers=1)
 

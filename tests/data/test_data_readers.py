@@ -1,6 +1,8 @@
 """Reading processes: order, errors, and that no wait is without end."""
 
+import faulthandler
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from relloc.data import readers
+from relloc.data.mapped_files import MappedFiles
 from relloc.data.readers import Answer, NoImagesCame, ReadingProcesses, look_ahead
 from relloc.errors import DataError, Interrupted
 
@@ -121,6 +124,26 @@ def test_an_error_that_can_not_travel_is_told_with_its_traceback() -> None:
 def test_a_killed_process_is_a_clear_error() -> None:
     with pytest.raises(Interrupted, match=r"was killed.*workers=2") as raised:
         answers(ended, 20, workers=2)
+    assert raised.value.exit_code == 75
+
+
+def cut_while_it_is_read(path: Path) -> Answer:
+    """Reads a mapped file that becomes shorter in between."""
+    faulthandler.disable()  # of pytest, which would print the stack
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pixels = MappedFiles().view(path, 0, 100_000)
+    os.truncate(path, 0)
+    return Answer(content=int(pixels.sum()))
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(bytes(100_000))
+    with (
+        ReadingProcesses(cut_while_it_is_read, [path], workers=1) as found,
+        pytest.raises(Interrupted, match=r"SIGBUS.*relloc\.prepare") as raised,
+    ):
+        next(found)
     assert raised.value.exit_code == 75
 
 
