@@ -31,8 +31,10 @@ from relloc.runs.command_line import as_word
 from relloc.terminal import escaped, quantity
 
 T = TypeVar("T")
-# What a progress bar is called with: the number of items done, and a text beside the bar.
-Update = Callable[[int, str], None]
+# A text beside a progress bar, or what makes it when it is shown
+ProgressText = str | Callable[[], str]
+# What a progress bar is called with: the number of items done, and the text.
+Update = Callable[[int, ProgressText], None]
 _LINE_EVERY_S = 30  # between progress lines where the output is not a terminal
 _LONG_S = 3  # shorter work is finished before anyone looks for its progress
 # Under "s", when any progress line was last printed, by the monotonic clock.
@@ -112,6 +114,9 @@ def progress_bar(
         with progress_bar("check", total=len(images)) as update:
             update(100, "images")
 
+    A plain line tells the time left from the first call on, since what comes before is often spent
+    on getting ready. The text may be a function, which is called only when the text is shown.
+
     The plain line at the end is left out if any was printed within `end_after_s` seconds before.
     """
     if console.is_terminal:
@@ -123,9 +128,13 @@ def progress_bar(
         )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(escaped(what), total=total, completed=done, text="")
-            yield lambda done, text: bar.update(task, completed=done, text=escaped(text))
+
+            def update(done: int, text: ProgressText) -> None:
+                bar.update(task, completed=done, text=escaped(_made(text)))
+
+            yield update
     else:
-        yield _lines(what, total, done, end_after_s)
+        yield _lines(what, total, end_after_s)
 
 
 @contextlib.contextmanager
@@ -135,7 +144,7 @@ def progress_if_long(what: str, total: int, _done: int = 0) -> Iterator[Update]:
     shown: Update | None = None
     with contextlib.ExitStack() as at_end:
 
-        def update(done: int, text: str) -> None:
+        def update(done: int, text: ProgressText) -> None:
             nonlocal shown
             if shown is None and time.monotonic() - started > _LONG_S:
                 shown = at_end.enter_context(progress_bar(what, total, done))
@@ -145,13 +154,22 @@ def progress_if_long(what: str, total: int, _done: int = 0) -> Iterator[Update]:
         yield update
 
 
-def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
-    """Returns what prints progress as plain lines; `first` items were done before."""
+def _lines(what: str, total: int, end_after_s: float) -> Update:
+    """Returns what prints progress as plain lines."""
     started = printed = time.monotonic()
+    # Time and number of items at the first call, which is where the time left is counted from
+    first: tuple[float, int] | None = None
 
-    def update(done: int, text: str) -> None:
-        nonlocal printed
+    def update(done: int, text: ProgressText) -> None:
+        nonlocal first, printed
         now = time.monotonic()
+        left = ""
+        if first is None:
+            first = (now, done)
+        else:
+            first_s, first_done = first
+            s_per_item = (now - first_s) / max(1, done - first_done)
+            left = f", {s_per_item * (total - done):.0f} s left"
         # On the way a line comes every half minute. The last one comes at once, unless some other
         # progress was shown just before.
         previous = printed
@@ -159,16 +177,18 @@ def _lines(what: str, total: int, first: int, end_after_s: float) -> Update:
         if done >= total:
             previous = _last_line.get("s", -math.inf)
             pause_s = end_after_s
+            left = ", 0 s left"
         if now - previous < pause_s:
             return
         printed = now
         _last_line["s"] = now
-        elapsed_s = now - started
-        s_per_item = elapsed_s / max(1, done - first)
-        left_s = s_per_item * (total - done)
-        print_message(f"{what} {done}/{total} {text} {elapsed_s:.0f} s, {left_s:.0f} s left")
+        print_message(f"{what} {done}/{total} {_made(text)} {now - started:.0f} s{left}")
 
     return update
+
+
+def _made(text: ProgressText) -> str:
+    return text if isinstance(text, str) else text()
 
 
 def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -215,6 +215,7 @@ class Saver:
         about: what the checkpoint says of its model and data, beside the step.
         saved_at_s: time of the last save, by the monotonic clock.
         saved_step: number of steps done at the last save.
+        spent_s: seconds that all saves so far took.
     """
 
     task: Task
@@ -226,6 +227,7 @@ class Saver:
     milestones: Mapping[int, str]
     saved_at_s: float = dataclasses.field(default_factory=lambda: time.monotonic())
     saved_step: int | None = None
+    spent_s: float = 0.0
 
     def after_step(self, done: StepsDone) -> bool:
         """Saves if it is time. Returns whether to stop, which is the same on all ranks."""
@@ -254,6 +256,8 @@ class Saver:
             return
         # A checkpoint that is not finite would spoil the run for good: check before writing.
         tallies = ranks.gathered(done.sums).cpu()
+        # Only now, since the copy waits for steps that are still queued on a GPU.
+        started_s = time.monotonic()
         if not tallies.isfinite().all():
             raise Diverged(f"the loss is no longer finite after step {done.step}")
         check_finite(self.task.model, done.step)
@@ -268,3 +272,4 @@ class Saver:
             }
             states.save_training(self.run_dir, state, done.step, self.milestones.get(done.step))
         self.saved_step, self.saved_at_s = done.step, time.monotonic()
+        self.spent_s += self.saved_at_s - started_s

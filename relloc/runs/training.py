@@ -119,6 +119,10 @@ def _train(
     # After so many steps at chance the alarm warns that the network has collapsed. In a short run
     # that is a quarter of its length, so that the warning can come before its end.
     collapse_steps = settings.collapse_steps or max(100, min(2000, task.steps // 4))
+
+    def paused_s() -> float:
+        return saver.spent_s + (monitoring.spent_s if monitoring else 0)
+
     reports = reporting(
         task,
         training.plan,
@@ -126,6 +130,7 @@ def _train(
         first_step=begun.step,
         collapse_steps=collapse_steps,
         folder=folder,
+        paused_s=paused_s,
     )
     # The last whole step, which is what can be saved if the next one fails.
     last = begun

@@ -28,6 +28,7 @@ def reporting(
     first_step: int,
     collapse_steps: int,
     folder: RunFolder | None,
+    paused_s: Callable[[], float],
 ) -> Iterator[Callable[[Progress], None]]:
     """Gives the function to which the training loop passes each report.
 
@@ -37,6 +38,8 @@ def reporting(
 
     Args:
         collapse_steps: steps at chance after which to warn that the network has collapsed.
+        paused_s: gives the seconds so far in which training stood still for monitors and
+            checkpoints. They count in the curves of speed, and not in the speed that is shown.
     """
     alarm = Alarm(
         collapse_steps=collapse_steps,
@@ -47,6 +50,7 @@ def reporting(
         yield alarm.check
         return
     journal = Journal(folder.path)
+    shown_speed = _ShownSpeed(plan, feed, paused_s, first_step)
     # Speed and waiting are averages since the last report, of which these are kept.
     last_s = time.monotonic()
     last_waited_s = feed.waited_s
@@ -78,13 +82,63 @@ def reporting(
             )
             # The curves are written first: they show what the alarm was raised for.
             alarm.check(progress)
-            bar(
-                progress.step,
-                f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %  "
-                f"{images_per_s:.0f} images/s  waiting for data {waiting_percent:.0f} %",
-            )
+            shown_speed.report(progress.step)
+
+            def text() -> str:
+                losses = f"loss {progress.loss:.3f}  top-1 {progress.top1:.1f} %"
+                return f"{losses}  {shown_speed.show()}"
+
+            bar(progress.step, text)
 
         yield report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """The steps done at a report, and the seconds until then of training and of waiting for data.
+
+    Training includes waiting for data, and no pauses for monitors and checkpoints.
+    """
+
+    step: int
+    trained_s: float
+    waited_s: float
+
+
+class _ShownSpeed:
+    """The speed of training since it was last shown, which is not at every report."""
+
+    def __init__(
+        self, plan: StepPlan, feed: Feed, paused_s: Callable[[], float], first_step: int
+    ) -> None:
+        self._plan = plan
+        self._feed = feed
+        self._paused_s = paused_s
+        self._n_reports = 0
+        self._shown_until = self._reported = self._moment(first_step)
+
+    def _moment(self, step: int) -> _Moment:
+        trained_s = time.monotonic() - self._paused_s()
+        return _Moment(step=step, trained_s=trained_s, waited_s=self._feed.waited_s)
+
+    def report(self, step: int) -> None:
+        """Notes that `step` steps are done."""
+        # Before the first report the network is compiled, workers start and graphs are recorded.
+        if self._n_reports == 1:
+            self._shown_until = self._reported
+        self._reported = self._moment(step)
+        self._n_reports += 1
+
+    def show(self) -> str:
+        """Returns the speed and the share of waiting since the last call, in words."""
+        steps = self._reported.step - self._shown_until.step
+        trained_s = self._reported.trained_s - self._shown_until.trained_s
+        waited_s = self._reported.waited_s - self._shown_until.waited_s
+        self._shown_until = self._reported
+        images_per_s = steps * self._plan.images_per_step / trained_s
+        start_up = " with start-up" if self._n_reports == 1 else ""
+        waiting_percent = 100 * waited_s / trained_s
+        return f"{images_per_s:.0f} images/s{start_up}  waiting for data {waiting_percent:.0f} %"
 
 
 @dataclasses.dataclass
@@ -99,6 +153,7 @@ class Monitoring:
         most_share: share of the run's time, from 0 to 1.
         cost_s: seconds that the last turn took.
         asked_at_s: end of the last turn, by the monotonic clock.
+        spent_s: seconds that all turns so far took.
     """
 
     monitors: Callable[[int], Mapping[str, float]]
@@ -109,6 +164,7 @@ class Monitoring:
     device: torch.device
     cost_s: float = 0.0
     asked_at_s: float = dataclasses.field(default_factory=lambda: time.monotonic())
+    spent_s: float = 0.0
 
     @functools.cached_property
     def _journal(self) -> Journal:
@@ -138,6 +194,7 @@ class Monitoring:
             return
         finally:
             torch.use_deterministic_algorithms(deterministic)
+            self.spent_s += time.monotonic() - started
         self.folder.mirror_file(confusion_picture(done))
         self.asked_at_s = time.monotonic()
         self.cost_s = self.asked_at_s - started

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -192,3 +193,33 @@ def test_numbers_of_two_batch_norms_stand_in_lines_of_their_own(
     assert "1.5" in first
     assert "recalibrated" in second
     assert "2.5" in second
+
+
+def test_time_left_is_counted_from_the_first_call_and_a_text_made_where_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "_last_line", {})
+    made = []
+
+    def text() -> str:
+        made.append(now[0])
+        return "images"
+
+    with console.progress_bar("encode", 1100, 1000) as update:
+        # Workers start and kernels are compiled until the first is done.
+        now[0] = 90.0
+        update(1001, text)
+        for done in range(1002, 1101):
+            now[0] += 2.0
+            update(done, text)
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert "1001/1100" in first
+    assert "left" not in first
+    # 84 more at 2 s
+    assert "1016/1100" in second
+    assert " 168 s left" in second
+    assert "1100/1100" in last
+    assert " 0 s left" in last
+    assert made[:3] == [90.0, 120.0, 150.0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from relloc import ranks
+from relloc.checkpoints import states
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.checkpoints.states import (
     load_training,
@@ -123,6 +124,17 @@ def test_a_checkpoint_is_saved_once_so_many_seconds_have_passed(
         if saved_trainings(tmp_path) and saved_trainings(tmp_path)[-1].stem.endswith(str(done)):
             saved_after.append(now)
     assert saved_after == [10.1, 20.2]  # ten seconds after the last one
+
+
+def test_what_saving_took_is_added_up(
+    tmp_path: Path, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = new_saver(tmp_path, new_task())
+    monkeypatch.setattr(states, "save_training", lambda *_: clock(time.monotonic() + 4))
+    for done, now in enumerate([5.0, 11.0, 20.0, 26.0], start=1):
+        clock(now)
+        saver.after_step(standing(done))
+    assert saver.spent_s == 2 * 4
 
 
 def test_the_last_step_is_saved_at_any_time(tmp_path: Path, clock: Callable[[float], None]) -> None:

@@ -1,8 +1,10 @@
 """Tests the curves, progress and monitors of a training."""
 
+import contextlib
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,14 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def stub_task() -> Task:
-    """Eight steps; of a task, only its length is looked at."""
+    """Eight steps"""
+    return task_of(epochs=2)
+
+
+def task_of(epochs: int) -> Task:
+    """Four steps an epoch; of a task, only its length is looked at."""
     task = object.__new__(Task)
-    for name, value in {"schedule": Constant(epochs=2), "steps_per_epoch": 4}.items():
+    for name, value in {"schedule": Constant(epochs=epochs), "steps_per_epoch": 4}.items():
         object.__setattr__(task, name, value)
     return task
 
@@ -205,13 +212,31 @@ def waiting_feed() -> Feed:
     )
 
 
+def reporting_of(
+    task: Task,
+    feed: Feed,
+    *,
+    first_step: int = 0,
+    collapse_steps: int = 100,
+    folder: RunFolder | None,
+    paused_s: Callable[[], float] = lambda: 0.0,
+) -> contextlib.AbstractContextManager[Callable[[Progress], None]]:
+    return reporting(
+        task,
+        PLAN,
+        feed,
+        first_step=first_step,
+        collapse_steps=collapse_steps,
+        folder=folder,
+        paused_s=paused_s,
+    )
+
+
 def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
     feed = waiting_feed()
-    with reporting(
-        stub_task, PLAN, feed, first_step=2, collapse_steps=100, folder=folder
-    ) as report:
+    with reporting_of(stub_task, feed, first_step=2, collapse_steps=100, folder=folder) as report:
         clock.now, feed.waited_s = 4.0, 1.0
         report(progress(4, 1.5))
         clock.now, feed.waited_s = 5.0, 1.1
@@ -233,11 +258,70 @@ def test_a_report_is_journaled_with_its_rate_and_the_share_of_waiting(
         assert part in output
 
 
+def test_the_shown_speed_is_that_of_training_alone_since_it_was_last_shown(
+    clock: Clock, folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed = waiting_feed()
+    monitoring = Monitoring(
+        Asked(clock, cost_s=25),
+        every_steps=50,
+        most_share=1,
+        folder=folder,
+        device=torch.device("cpu"),
+    )
+    with reporting_of(
+        task_of(epochs=100), feed, folder=folder, paused_s=lambda: monitoring.spent_s
+    ) as report:
+        # The first step compiles the network.
+        clock.now = 40.0
+        report(progress(10, 2.0))
+        # Then ten steps take 2 s, a tenth of which is waiting, and step 50 runs the monitors.
+        for step in range(20, 401, 10):
+            clock.now += 2
+            feed.waited_s += 0.2
+            report(progress(step, 2.0))
+            monitoring.after_step(step)
+    first, second, *others, last = capsys.readouterr().out.splitlines()
+    assert "10/400" in first
+    # Known only too high from a step that compiled
+    assert "4 images/s with start-up" in first
+    assert "left" not in first
+    # Step 60 was done at 75 s: 50 steps since 40 s, of which the monitors took 25.
+    assert "60/400" in second
+    assert "80 images/s  waiting for data 10 %" in second
+    # They count in the time left: 35 s for 50 steps.
+    assert f"75 s, {35 / 50 * 340:.0f} s left" in second
+    assert all("80 images/s  waiting for data 10 %" in line for line in others)
+    assert "400/400" in last
+    assert ", 0 s left" in last
+    rates = {
+        entry.step: entry.metrics["speed/images_per_s"]
+        for entry in read_journal(folder.path)
+        if "speed/images_per_s" in entry.metrics
+    }
+    assert (rates[50], rates[60], rates[70]) == (80, pytest.approx(160 / 27), 80)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_monitors_took_is_added_up(clock: Clock, folder: RunFolder, fails: bool) -> None:
+    def monitors(_step: int) -> dict[str, float]:
+        clock.now += 3
+        if fails:
+            raise DataError("none of the images can be used")
+        return {"monitor/a": 1.0}
+
+    monitoring = Monitoring(
+        monitors, every_steps=2, most_share=1, folder=folder, device=torch.device("cpu")
+    )
+    walk(monitoring, clock, steps=9, step_s=5)
+    assert monitoring.spent_s == (3 if fails else 4 * 3)
+
+
 def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
     clock: Clock, folder: RunFolder, stub_task: Task
 ) -> None:
-    with reporting(
-        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=100, folder=folder
+    with reporting_of(
+        stub_task, waiting_feed(), first_step=0, collapse_steps=100, folder=folder
     ) as report:
         clock.now = 1.0
         with pytest.raises(Diverged):
@@ -249,8 +333,8 @@ def test_a_loss_that_is_no_number_is_journaled_and_ends_training(
 def test_only_the_process_with_a_folder_tells_but_each_one_stops(
     clock: Clock, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting(
-        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=2, folder=None
+    with reporting_of(
+        stub_task, waiting_feed(), first_step=0, collapse_steps=2, folder=None
     ) as report:
         report(progress(4, CHANCE_LOSS))
         with pytest.raises(Diverged):
@@ -261,8 +345,8 @@ def test_only_the_process_with_a_folder_tells_but_each_one_stops(
 def test_a_collapse_is_told_once(
     clock: Clock, folder: RunFolder, stub_task: Task, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with reporting(
-        stub_task, PLAN, waiting_feed(), first_step=0, collapse_steps=4, folder=folder
+    with reporting_of(
+        stub_task, waiting_feed(), first_step=0, collapse_steps=4, folder=folder
     ) as report:
         for step in range(1, 8):
             clock.now += 1
