@@ -14,7 +14,7 @@ _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def keep_compiled_code(runs: Path) -> None:
     """Makes torch.compile use a folder below `runs` as its cache, before anything is compiled.
 
-    If the environment variable TORCHINDUCTOR_CACHE_DIR is set, its folder is used instead. torch
+    If the user has set TORCHINDUCTOR_CACHE_DIR, the folder that it names is used instead. torch
     finds compiled code by a hash of the computation, of its own version and of the card, and writes
     each file at one go, so that many processes can share the folder.
     """
@@ -22,8 +22,10 @@ def keep_compiled_code(runs: Path) -> None:
     # anew in each process by default. The switch is off in torch 2.11 only until it has been tried
     # more widely (pytorch pull request 149751): the hash covers both directions of such a function.
     autograd_config.autograd_cache_allow_custom_autograd_functions = True
-    # torch sets the variable itself, to its default, while it is imported.
-    named_by_user = os.environ.get(_VARIABLE, "") not in ("", default_cache_dir())
+    # torch sets the variable itself while it is imported, to a folder of this name in the temporary
+    # directory. Jobs inherit the variable, and may have another temporary directory.
+    default_name = Path(default_cache_dir()).name
+    named_by_user = Path(os.environ.get(_VARIABLE, default_name)).name != default_name
     if named_by_user:
         return
     folder = runs.absolute() / FOLDER

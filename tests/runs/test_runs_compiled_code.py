@@ -23,12 +23,14 @@ def _switches_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("has_default", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "torch's default", "inherited default"])
 def test_compiled_code_is_kept_below_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_default: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-    if not has_default:
+    if before == "nothing":
         monkeypatch.delenv(VARIABLE)
+    if before == "inherited default":
+        monkeypatch.setenv(VARIABLE, str(tmp_path / Path(default_cache_dir()).name))
     keep_compiled_code(tmp_path / "runs")
     folder = tmp_path / "runs" / FOLDER
     assert os.environ[VARIABLE] == str(folder)
