@@ -96,7 +96,7 @@ def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     if choice == "experiment=card2022":
         named = {"linear_in1k", "knn_in1k"}
     if choice.startswith("experiment=gap_jitter"):
-        named = {"linear_fast", "knn", "voc07_low_shot", "shortcuts"}
+        named = {"linear_fast", "knn", "voc07_low_shot", "shortcuts", "label_free"}
     assert {one.name for one in settings.evaluations} == named
 
 
@@ -185,7 +185,7 @@ def test_eval_names_several_one_or_none(compose, asked, names, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (["eval=[]"], {"shortcuts"}),
+        (["eval=[]"], {"shortcuts", "label_free"}),
         (["eval=[]", "study=[]"], set()),
         (["eval=[linear_fast]", "study=[]"], {"linear_fast"}),
         # Its folder is that of linear_fast, an evaluation which is not chosen here.
