@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from relloc import checks
 from relloc.data.check import Check, examine, summary
 from relloc.data.image_set import ROLES, ImageSet, Splits, hash_lines
-from relloc.data.images import MOST_PIXELS, ImageFile
+from relloc.data.images import ImageFile
 from relloc.data.lists import MultiLabeled
 from relloc.data.manifest import (
     FORMAT,
@@ -277,13 +277,20 @@ def _check_space(
     # What a killed call was writing is removed before packing goes on.
     unfinished = sum(path.stat().st_size for path in out.glob(".*.unfinished"))
     free = shutil.disk_usage(folder).free + unfinished
-    space = f"about {needed / 1e9:.2f} GB of pixels, and {free / 1e9:.2f} GB are free in {folder}"
+    space = f"about {_size_text(needed)} of pixels, and {_size_text(free)} are free in {folder}"
     if needed > free:
         raise DataError(
             f"out={out} would take {space}: free some, give a folder on another disk, a smaller "
             f"short_px than {packing.short_px}, or format={JPEG}"
         )
     print_message(f"pack    {space}")
+
+
+def _size_text(n_bytes: int) -> str:
+    """Returns a number of bytes in GB, or in MB where it is less than 1 GB."""
+    if n_bytes < 1e9:
+        return f"{n_bytes / 1e6:.1f} MB"
+    return f"{n_bytes / 1e9:.2f} GB"
 
 
 def _begin(out: Path, wanted: dict[str, Any]) -> None:
@@ -402,12 +409,6 @@ def _stored(original: ImageFile, packing: Packing) -> _Stored:
     how = "kept"
     if size != own_size:
         how = "reduced" if min(own_size) > packing.short_px else "enlarged"
-    # Before memory is allocated: enlarging makes a long image very long.
-    if height * width > MOST_PIXELS:
-        raise UnreadableImage(
-            f"would be {width} x {height} px when enlarged to {packing.short_px} px, more than "
-            f"the {MOST_PIXELS:,} px that are read"
-        )
 
     if packing.in_pixels:
         header = ppm_header(height, width)

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from relloc.data.image_set import Splits
+from relloc.data.images import MOST_PIXELS
 from relloc.data.parts import Part, original_size
 from relloc.errors import UnreadableImage
 from relloc.geometry import Pair, ShortSide
@@ -39,11 +40,21 @@ def packed_size(height: int, width: int, short_px: int, *, enlarge: bool) -> Pai
     """Returns the (height, width) in which packing stores an image.
 
     The short side of a larger image becomes `short_px`, and with `enlarge` that of a smaller one.
+
+    Raises:
+        UnreadableImage: it would be larger than the images that are read.
     """
+    packed_height, packed_width = height, width
     short_side = min(height, width)
     if short_side > short_px or (enlarge and short_side < short_px):
-        return ShortSide(px=short_px).size(height, width, 0)
-    return height, width
+        packed_height, packed_width = ShortSide(px=short_px).size(height, width, 0)
+    # Enlarging makes a long image very long.
+    if packed_height * packed_width > MOST_PIXELS:
+        raise UnreadableImage(
+            f"would be {packed_width} x {packed_height} px when enlarged to {short_px} px, more "
+            f"than the {MOST_PIXELS:,} px that are read"
+        )
+    return packed_height, packed_width
 
 
 def resized(rgb: Image.Image, size: Pair) -> Image.Image:
@@ -72,10 +83,10 @@ def estimated_bytes(data: Splits, parts: Sequence[Part], *, short_px: int, enlar
         n_sampled += 1
         try:
             height, width = original_size(images, index)
+            packed_height, packed_width = packed_size(height, width, short_px, enlarge=enlarge)
         except UnreadableImage:
             # Such an image is not stored.
             continue
-        packed_height, packed_width = packed_size(height, width, short_px, enlarge=enlarge)
         sampled_bytes += 3 * packed_height * packed_width + _BYTES_OF_MEMBER
         if images.labels is not None:
             sampled_bytes += _BYTES_OF_LABEL
