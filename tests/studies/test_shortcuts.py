@@ -248,6 +248,18 @@ def test_a_network_that_is_asked_elsewhere_is_not_asked_again(
     assert not any(metric.startswith("top1") for metric, _ in scores)
 
 
+def test_a_network_is_asked_that_was_trained_on_patches_that_fill_the_image(
+    splits: Splits, tmp_path: Path
+) -> None:
+    evaluation = study(noise_images=8, n_images=4, train_images=4)
+    # Images are resized to just what the patches take up, side by side.
+    grid = PatchGrid(patch_px=PATCH_PX, gap_px=0, jitter_px=0, resize=ShortSide(px=3 * PATCH_PX))
+    scores = measured(evaluation, splits, tmp_path, pretext=asked(AtRandom(), grid))
+    assert scores["top1_gap_0", ""].n == scores["top1_gap_3", ""].n == 4
+    # Both are about the same patches, whose numbers are drawn from the same seeds.
+    assert scores["top1_gap_0", ""].value == scores["top1_photographs", ""].value
+
+
 def test_rows_of_effects_are_named_alike_for_all_networks(tmp_path: Path) -> None:
     evaluation = study(colors={"none": Keep()}, noise_images=8)
     rows = []

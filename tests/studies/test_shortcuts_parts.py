@@ -1,5 +1,6 @@
 """The parts of the study of shortcuts, against their twins in libraries or written out."""
 
+import dataclasses
 import io
 import random
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from relloc.data.photos import read_photo
 from relloc.evaluation.contract import PretextModel
-from relloc.geometry import PatchGrid
+from relloc.geometry import PatchGrid, ShortSide
 from relloc.patches.color import Keep
 from relloc.patches.normalize import PerPatch
 from relloc.patches.pipeline import PatchPipeline
@@ -200,8 +201,14 @@ def test_a_tenth_of_the_sources_is_held_back() -> None:
 
 @pytest.mark.parametrize("gap_px", [0, 8, 48])
 @pytest.mark.parametrize("jitter_px", [0, 7])
-def test_crops_hold_the_patches_of_every_question(gap_px: int, jitter_px: int) -> None:
+@pytest.mark.parametrize("is_resized", [False, True])
+def test_crops_hold_the_patches_of_every_question(
+    gap_px: int, jitter_px: int, is_resized: bool
+) -> None:
     grid = PatchGrid(patch_px=64, gap_px=gap_px, jitter_px=jitter_px, resize=None)
+    if is_resized:
+        # To the grid's own size, which leaves no room around it
+        grid = dataclasses.replace(grid, resize=ShortSide(px=grid.span_px))
     patches = PatchPipeline(grid=grid, color=Keep(), normalize=PerPatch())
     strengths = Strengths(
         lens=(0.01,), shift_px=3, border_px=16, jpeg_quality=50, jpeg_shift_px=4, smooth_px=4.0

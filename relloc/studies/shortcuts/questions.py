@@ -354,7 +354,9 @@ def _with_gap(patches: PatchPipeline, gap_px: int) -> PatchPipeline:
 
 
 def _close(grid: PatchGrid, gap_px: int) -> PatchGrid:
-    return dataclasses.replace(grid, gap_px=gap_px, jitter_px=0)
+    # It may span more than images are resized to. Its patches are cut out of squares that are
+    # large enough already (see `Strengths.margin_px`), so it resizes nothing.
+    return dataclasses.replace(grid, gap_px=gap_px, jitter_px=0, resize=None)
 
 
 def _small_gap(grid: PatchGrid) -> int:
