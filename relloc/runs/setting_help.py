@@ -88,9 +88,13 @@ def _answer(
         key = name.replace("/", ".")
         yield from _setting(key, chosen, command)
     elif value:
-        # Several members may be given as in eval=[linear,knn].
-        members = value.strip("[]").split(",")
-        for member in members:
+        # Several members may be given as in eval=[linear,knn], or none as in eval=[].
+        listed = value.strip("[] ")
+        if not listed:
+            yield f"{name}=[] chooses no {name}"
+            yield from _group(name, command)
+            return
+        for member in listed.split(","):
             yield from _member(name, member.strip())
     else:
         yield from _group(name, command)

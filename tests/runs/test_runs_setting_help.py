@@ -40,6 +40,7 @@ def answered(*words: str, command: str = "train") -> str:
             ["Reproduces:", "Command:", "Cost:", "Expect:", "override /model: resnet50"],
         ),
         ("eval=[knn,linear]", ["nearest neighbors", "linear classifier"]),
+        ("eval=[]", ["chooses no", "linear_fast", "knn"]),
         ("color", ["drop", "gray", "projection", "No treatment: the control"]),
         ("monitor", ["monitor.images", "monitor.k"]),
         ("hydra.run.dir", ["conf/train.yaml"]),
