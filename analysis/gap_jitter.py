@@ -14,7 +14,7 @@
 #
 # The paper leaves a gap of half a patch and moves patches by up to 7 px, against shortcuts over the
 # borders of patches; the published card has a gap of a third of a patch. Here each measure of a
-# sweep over both settings is a map: the mean over seeds, and half the width of its 95 % interval.
+# sweep over both settings is a map: the mean over seeds, and the lowest and highest of them.
 # Then: for which measures gap and jitter matter at all, what the paper's and the card's choice lose
 # against the best, whether measures agree on the order of the points, and after how many images
 # that order stands.
@@ -47,7 +47,6 @@ from load import (
     load_results,
     over_seeds,
 )
-from scipy.stats import f as variance_ratio
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
@@ -65,6 +64,7 @@ GAP, JITTER, PATCH = "grid.gap_px", "grid.jitter_px", "grid.patch_px"
 DEEP = ["", "feature3", "feature4", "feature5"]
 MOST_MAPS = 15
 SIGNIFICANT = 0.05
+DEALS = 9999
 results = load_results()
 results = results.loc[results["weights"].eq("pretrained") & results["spread"].eq("")]
 # Of shortcuts neither direction is good in itself; here a training that uses less of one is better
@@ -179,45 +179,41 @@ for shared, rows in results.groupby(keys, observed=True, sort=False):
     sign[name] = -1 if is_higher_better is None or not is_higher_better else 1
 
 # %% [markdown]
-# The deviation over seeds is pooled over all points, since two or three seeds alone tell it badly.
-# An analysis of variance then tells whether gap and jitter matter beside it: p is the probability
-# that means differ as much as they do if there were no effect. Small p in one of twenty measures
-# are what chance gives.
+# Do gap and jitter matter beside the scatter of seeds? Their values are dealt anew to trainings,
+# those of the gap among trainings of one jitter and the other way round: p is the share of such
+# deals in which means differ at least as much. That assumes nothing about the scatter, which may
+# differ from point to point. Small p in one of twenty measures are what chance gives, and the p of
+# a gap is over all jitters: read the maps, too.
 
 
 # %%
-def seed_noise(values):
-    """Returns the deviation over seeds, pooled over points, and its degrees of freedom."""
-    of_points = values.groupby(level=["gap", "jitter"])
-    degrees = int((of_points.size() - 1).sum())
-    if degrees == 0:
-        return np.nan, 0
-    squares = ((values - of_points.transform("mean")) ** 2).sum()
-    return float(np.sqrt(squares / degrees)), degrees
+def p_of_effect(values, name):
+    """Returns p of the effect of `name`, "gap" or "jitter", by permutation within the other.
 
-
-def p_of_effects(values):
-    """Returns p of the effects of gap and of jitter, by a two-way analysis of variance.
-
-    They are nan where points have different numbers of seeds, or where some are missing.
+    It is nan where there is one value, or one training a point and no other.
     """
-    sizes = values.groupby(level=["gap", "jitter"]).size().unstack()
-    deviation, degrees = seed_noise(values)
-    if sizes.isna().any(axis=None) or len(np.unique(sizes)) > 1 or not deviation > 0:
-        return dict.fromkeys(("gap", "jitter"), np.nan)
-    found = {}
-    for name in ("gap", "jitter"):
-        levels = values.groupby(level=name)
-        squares = (levels.size() * (levels.mean() - values.mean()) ** 2).sum()
-        ratio = squares / max(1, len(levels) - 1) / deviation**2
-        found[name] = float(variance_ratio.sf(ratio, max(1, len(levels) - 1), degrees))
-    return found
+    within = "jitter" if name == "gap" else "gap"
+    frame = values.rename("value").reset_index()
+    n_levels = frame[name].nunique()
+    if n_levels < 2 or len(frame) == len(frame[["gap", "jitter"]].drop_duplicates()):
+        return np.nan
+    levels = pd.factorize(frame[name])[0]
+    strata = [np.flatnonzero(frame[within] == one) for one in frame[within].unique()]
+    sizes = np.bincount(levels)
 
+    def spread(dealt):
+        """Returns the spread of the means of levels, for each row of dealt levels."""
+        is_level = dealt[:, None, :] == np.arange(n_levels)[:, None]
+        means = (is_level * frame["value"].to_numpy()).sum(axis=2) / sizes
+        return (sizes * (means - frame["value"].mean()) ** 2).sum(axis=1)
 
-def half_width(name, n_seeds):
-    """Returns half the width of the 95 % interval of a mean over seeds, nan without several."""
-    deviation, degrees = seed_noise(by_seed[name])
-    return student.ppf(0.975, degrees) * deviation / np.sqrt(n_seeds) if degrees else np.nan
+    random = np.random.default_rng(0)
+    dealt = np.tile(levels, (DEALS, 1))
+    for stratum in strata:
+        dealt[:, stratum] = random.permuted(dealt[:, stratum], axis=1)
+    # Of equal spreads, rounding makes some a little smaller
+    reached = spread(dealt) >= spread(levels[None])[0] * (1 - 1e-9)
+    return float((reached.sum() + 1) / (DEALS + 1))
 
 
 controls = load_results()
@@ -232,8 +228,7 @@ def random_mean(about):
 
 lines = []
 for name, means in measures.items():
-    deviation, _ = seed_noise(by_seed[name])
-    p = p_of_effects(by_seed[name])
+    deviations = by_seed[name].groupby(level=["gap", "jitter"]).std()
     lines.append(
         {
             "measure": name,
@@ -241,15 +236,15 @@ for name, means in measures.items():
             "lowest": means["mean"].min(),
             "highest": means["mean"].max(),
             "random": random_mean(means.attrs),
-            "deviation over seeds": deviation,
-            "p of gap": p["gap"],
-            "p of jitter": p["jitter"],
+            "least deviation over seeds": deviations.min(),
+            "median": deviations.median(),
+            "largest": deviations.max(),
+            "p of gap": p_of_effect(by_seed[name], "gap"),
+            "p of jitter": p_of_effect(by_seed[name], "jitter"),
         }
     )
 effects = as_frame(lines).set_index("measure")
-effects.round({"p of gap": 4, "p of jitter": 4}).round(
-    {"lowest": 2, "highest": 2, "random": 2, "deviation over seeds": 2}
-)
+effects.round(4)
 
 # %%
 marks = dict(zip(CHOICES, (("D", "#D55E00"), ("s", "#CC79A7")), strict=True))
@@ -267,7 +262,11 @@ def draw_map(axis, name):
         if not np.isnan(value):
             ink = ink_on(np.asarray(image.cmap(image.norm(value))))
             # z: no minus sign before zero
-            axis.text(x, y, f"{value:z.1f}", ha="center", va="center", color=ink, fontsize=7)
+            axis.text(x, y + 0.12, f"{value:z.1f}", ha="center", va="center", color=ink, fontsize=7)
+            of_seeds = by_seed[name].loc[gaps[x], jitters[y]]
+            if len(of_seeds) > 1:
+                text = f"{of_seeds.min():z.1f}…{of_seeds.max():z.1f}"
+                axis.text(x, y - 0.25, text, ha="center", va="center", color=ink, fontsize=4.5)
     for choice, (gap, jitter) in nearest.items():
         marker, color = marks[choice]
         # In a corner of the cell, beside the number
@@ -285,17 +284,16 @@ def draw_map(axis, name):
     axis.set_yticks(range(len(jitters)), jitters)
     axis.set(xlabel="gap (px)", ylabel="jitter (px)")
 
-    # What is measured, and below it on what and how surely
+    # What is measured, and below it on what and by how many trainings
     about = means.attrs
     seeds = int(means["n"].max())
-    of_mean = half_width(name, seeds)
     unit = about["unit"]
     heading = f"{about['eval']} {about['metric']}" + (
         f", {about['layer']}" if about["layer"] else ""
     )
     pairs = "pairs" if about["eval"] == "pretext" else "images"
     on_what = f"{about['dataset']}, {about['n']:,} {pairs}"
-    beside = [f"± {of_mean:.1f} ({seeds} seeds)"] if not np.isnan(of_mean) else []
+    beside = [f"{seeds} seeds"]
     random = random_mean(about)
     if not np.isnan(random):
         beside.append(f"random weights {random:.1f}")
@@ -334,28 +332,35 @@ if of_shortcuts:
     draw_maps(of_shortcuts, "gap_jitter_shortcuts")
 
 # %% [markdown]
-# What the nearest points lose against the best point of each measure, in its unit, with the 95 %
-# interval of the difference by the pooled deviation. The best point was chosen among all by the
-# same numbers, so that some loss is to be expected by chance:
+# What the nearest points lose against the best point of each measure, in its unit, with Welch's
+# 95 % interval of the difference, which takes the deviation of each point by itself. The best point
+# was chosen among all by the same numbers, so that some loss is to be expected by chance:
 
 
 # %%
+def half_of_difference(name, point, other):
+    """Returns half the width of Welch's interval of a difference, nan of single trainings."""
+    deviations = by_seed[name].groupby(level=["gap", "jitter"])
+    variances = (deviations.var() / deviations.size())[[point, other]].to_numpy()
+    degrees = (deviations.size() - 1)[[point, other]].to_numpy()
+    if (degrees < 1).any() or not variances.sum() > 0:
+        return np.nan
+    freedom = variances.sum() ** 2 / (variances**2 / degrees).sum()
+    return float(student.ppf(0.975, freedom) * np.sqrt(variances.sum()))
+
+
 lines, best_points = [], {}
 for name, means in measures.items():
     best = best_points[name] = (sign[name] * means["mean"]).idxmax()
     line = {"measure": name, "best gap_px": best[0], "best jitter_px": best[1]}
     line["best"] = means["mean"][best]
-    deviation, degrees = seed_noise(by_seed[name])
     for choice, point in nearest.items():
         if point not in means.index:
             continue
         # A loss is negative, also where lower values are better
         loss = sign[name] * (means["mean"][point] - means["mean"][best])
-        of_loss = 0.0
-        if point != best:
-            both = 1 / means["n"][point] + 1 / means["n"][best]
-            of_loss = student.ppf(0.975, degrees) * deviation * np.sqrt(both) if degrees else np.nan
-        line |= {choice: loss, f"{choice} low": loss - of_loss, f"{choice} high": loss + of_loss}
+        half = 0.0 if point == best else half_of_difference(name, point, best)
+        line |= {choice: loss, f"{choice} low": loss - half, f"{choice} high": loss + half}
     lines.append(line)
 losses = as_frame(lines).set_index("measure")
 losses.round(2)
