@@ -512,6 +512,11 @@ def test_mistakes_with_sweeps_end_in_one_message(tmp_path: Path) -> None:
     odd = relloc(tmp_path, "train", "-m", "launcher=local", *words, f"{unused}=[1]")
     assert (odd.returncode, unused in odd.stderr) == (2, True), odd.stderr
     assert not list(tmp_path.rglob("code"))
+    # Its values would make each point twice, of which one would be taken.
+    words = ("experiment=gap_jitter_small", "data.root=.", "eval=[]", f"{unused}=[1],[2]")
+    odd = relloc(tmp_path, "train", "-m", "launcher=local", *words)
+    assert (odd.returncode, unused in odd.stderr, odd.stdout) == (2, True, ""), odd.stderr
+    assert not list(tmp_path.rglob("code"))
     damaged = tmp_path / "runs/sweeps/s/sweep.json"
     damaged.parent.mkdir(parents=True, exist_ok=True)
     damaged.write_text('{"points": [')

@@ -245,7 +245,11 @@ class PointsLauncher(Launcher):
         return Path(str(self.code), _name_of_copy(named_by))
 
     def _points(self, job_overrides: Sequence[Sequence[str]]) -> list[Composed]:
-        """Composes the points, and decides on their names and run folders."""
+        """Composes the points, and decides on their names and run folders.
+
+        Raises:
+            UsageError: a setting belongs to an evaluation that a point does not choose.
+        """
         runs = Path(os.path.abspath(self.config.runs))
         self._checkpoints_of_sweep = json.dumps(passing.values(job_overrides).get("checkpoint", []))
         words_of_points = [passing.of_points(overrides) for overrides in job_overrides]
@@ -261,6 +265,9 @@ class PointsLauncher(Launcher):
         composed = []
         for given, overrides in zip(job_overrides, words_of_points, strict=True):
             config, launcher = self._composed_from(given)
+            # Values that nothing uses make no points: they are refused before equal points, and
+            # those that were run before, are left out.
+            check_evaluations(overrides, config)
             settings = resolved(config)
             identity = identity_of(settings)
             name = name_of(overrides, swept, settings["seed"])
@@ -311,7 +318,6 @@ class PointsLauncher(Launcher):
         setup = [str(line) for line in self.settings.get("setup") or []]
         for one in todo:
             check_names(one.config, self._kind)
-            check_evaluations(one.point.overrides, one.config)
         reasons = refusals(self._kind, [one.config for one in todo], setup)
         refused = []
         for one, reason in zip(todo, reasons, strict=True):
