@@ -117,7 +117,9 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             return
 
         # Train, then measure what was learned.
-        name = pretraining_name(settings, str(invocation.choices["color"]))
+        # A config that was composed before, such as a run's config.yaml, has no choices.
+        color = invocation.choices.get("color", type(settings.patches.color).__name__.lower())
+        name = pretraining_name(settings, str(color))
         data_sets = [data, *(named.splits for named in evaluations)]
         record = invocation.record(name, data_sets, engine)
         with open_folder(invocation, record, run_dir) as folder, stop.reraised():

@@ -144,6 +144,20 @@ def test_after_kill_9_the_next_goes_on_at_once_although_reading_processes_live(
                 os.kill(pid, signal.SIGKILL)
 
 
+def test_the_config_of_a_run_trains_it_again(tmp_path: Path, training: tuple[str, ...]) -> None:
+    short = ("schedule.epochs=1", "schedule.milestone_epochs=[]")
+    first = ("relloc.train", *training, *short, "hydra.run.dir=first")
+    code, text = ended(*first, folder=tmp_path)
+    assert code == 0, text
+    again = ("-cp", str(tmp_path / "first"), "-cn", "config", "hydra.run.dir=again")
+    code, text = ended("relloc.train", *again, folder=tmp_path)
+    assert code == 0, text
+    first_weights, weights = (
+        (tmp_path / name / BACKBONE_FILE).read_bytes() for name in ("first", "again")
+    )
+    assert weights == first_weights
+
+
 def test_commands_of_one_second_have_folders_of_their_own(
     tmp_path: Path, training: tuple[str, ...]
 ) -> None:
