@@ -8,7 +8,8 @@ from torch._functorch import config as autograd_config
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 FOLDER = ".compiled"
-_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""The environment variable that names torch's folder for compiled code."""
 
 
 def keep_compiled_code(runs: Path) -> None:
@@ -22,16 +23,21 @@ def keep_compiled_code(runs: Path) -> None:
     # anew in each process by default. The switch is off in torch 2.11 only until it has been tried
     # more widely (pytorch pull request 149751): the hash covers both directions of such a function.
     autograd_config.autograd_cache_allow_custom_autograd_functions = True
-    # torch sets the variable itself while it is imported, to a folder of this name in the temporary
-    # directory. Jobs inherit the variable, and may have another temporary directory.
-    default_name = Path(default_cache_dir()).name
-    named_by_user = Path(os.environ.get(_VARIABLE, default_name)).name != default_name
-    if named_by_user:
+    named = os.environ.get(VARIABLE, "")
+    if named and not is_torchs_default(named):
         return
     folder = runs.absolute() / FOLDER
     # Otherwise torch's default remains, a folder of the system's temporary directory.
     if _is_usable(folder):
-        os.environ[_VARIABLE] = str(folder)
+        os.environ[VARIABLE] = str(folder)
+
+
+def is_torchs_default(folder: str) -> bool:
+    """Returns whether torch sets `VARIABLE` to this folder itself, as it does while imported.
+
+    It is a folder of the temporary directory of this process.
+    """
+    return Path(folder).resolve() == Path(default_cache_dir()).resolve()
 
 
 def _is_usable(folder: Path) -> bool:

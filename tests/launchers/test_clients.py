@@ -18,6 +18,7 @@ from hydra_plugins.relloc_launchers.clients import (
     wait_for_sbatch,
 )
 from hydra_plugins.relloc_launchers.environment import cluster_of, environment_for
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from relloc.errors import Interrupted, UsageError
 from relloc.status import Status
@@ -332,6 +333,14 @@ def test_nothing_of_a_job_leaks_into_one_that_it_submits() -> None:
     assert environment_for(SCRIPT, {**of_job, "SBATCH_CPU_BIND": "x", **kept}) == (kept, [])
     outside = {"SLURM_NTASKS": "4"}
     assert environment_for(SCRIPT, outside)[0] == outside
+
+
+def test_a_job_inherits_the_users_folder_of_compiled_code_but_not_torchs_own() -> None:
+    own = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    assert environment_for(SCRIPT, own) == ({}, [])
+    name = Path(default_cache_dir()).name
+    by_user = {"TORCHINDUCTOR_CACHE_DIR": f"/scratch/of a user/{name}"}
+    assert environment_for(SCRIPT, by_user) == (by_user, [])
 
 
 def test_tokens_differ() -> None:

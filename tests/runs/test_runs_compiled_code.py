@@ -10,9 +10,7 @@ import pytest
 from torch._functorch import config as autograd_config
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from relloc.runs.compiled_code import FOLDER, keep_compiled_code
-
-VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+from relloc.runs.compiled_code import FOLDER, VARIABLE, keep_compiled_code
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +21,16 @@ def _switches_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("before", ["nothing", "torch's default", "inherited default"])
+@pytest.mark.parametrize("before", ["nothing", "torch's default", "a link to it"])
 def test_compiled_code_is_kept_below_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     if before == "nothing":
         monkeypatch.delenv(VARIABLE)
-    if before == "inherited default":
-        monkeypatch.setenv(VARIABLE, str(tmp_path / Path(default_cache_dir()).name))
+    if before == "a link to it":
+        default = Path(default_cache_dir())
+        (tmp_path / "link").symlink_to(default.parent)
+        monkeypatch.setenv(VARIABLE, str(tmp_path / "link" / default.name))
     keep_compiled_code(tmp_path / "runs")
     folder = tmp_path / "runs" / FOLDER
     assert os.environ[VARIABLE] == str(folder)
@@ -38,12 +38,14 @@ def test_compiled_code_is_kept_below_the_runs(
     assert autograd_config.autograd_cache_allow_custom_autograd_functions
 
 
+# The second name is that of torch's default, but not its place.
+@pytest.mark.parametrize("name", ["mine", Path(default_cache_dir()).name])
 def test_a_folder_that_the_user_names_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / name))
     keep_compiled_code(tmp_path / "runs")
-    assert os.environ[VARIABLE] == str(tmp_path / "mine")
+    assert os.environ[VARIABLE] == str(tmp_path / name)
     assert not (tmp_path / "runs").exists()
 
 

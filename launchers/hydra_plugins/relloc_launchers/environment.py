@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 # Variables of SLURM that don't describe a job: where the cluster is, and who asks
 _NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+_COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 _OF_TRAINING = (
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -30,7 +31,8 @@ def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, st
 
     SBATCH_* variables are the user's defaults, but SLURM lets them override lines of the script.
     Hence those for options that the script sets are left out. Within a job, the variables that
-    describe it are left out too, since they are wrong for the next job.
+    describe it are left out too, since they are wrong for the next job. So is the folder of
+    compiled code that torch has set itself, in the temporary directory of this process.
     """
     inside = "SLURM_JOB_ID" in given or "SLURM_JOBID" in given
     kept = {}
@@ -45,6 +47,8 @@ def environment_for(script: str, given: Mapping[str, str]) -> tuple[dict[str, st
         if name in _OF_TRAINING or name.startswith("SUBMITIT_"):
             continue
         if inside and _is_of_a_job(name):
+            continue
+        if name == _COMPILED_CODE and _is_torchs_default(value):
             continue
         if name.startswith("SBATCH_"):
             option = _option(name)
@@ -68,6 +72,14 @@ def _is_of_a_job(name: str) -> bool:
     """Whether a variable describes the job in which this process runs."""
     prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
     return name.startswith(prefixes) and name not in _NOT_OF_A_JOB
+
+
+def _is_torchs_default(folder: str) -> bool:
+    """Whether torch sets its folder of compiled code to this one itself."""
+    # This import takes seconds, and is needed only where the variable is set.
+    from relloc.runs.compiled_code import is_torchs_default
+
+    return is_torchs_default(folder)
 
 
 def _option(variable: str) -> str:
