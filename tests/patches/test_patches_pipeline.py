@@ -1,5 +1,7 @@
+import jaxtyping
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from relloc.geometry import PatchGrid
 from relloc.patches.color import Drop, Gray, Keep
@@ -46,8 +48,20 @@ def test_images_of_another_size_than_the_span_are_refused(side: int) -> None:
             make(images, *drawn)
 
 
-def test_compiled_patches_are_those_of_make() -> None:
-    pipeline = PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDataset())
-    drawn = pipeline.draw(len(IMAGES), seeded(4))
-    make = pipeline.compiled(lambda function: function)
-    assert torch.equal(make(IMAGES, *drawn), pipeline.make(IMAGES, *drawn))
+def test_compiled_patches_are_those_of_make_and_one_graph_serves_two_gaps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Checks of shapes, which only tests make, can't be compiled.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    counter = CompileCounter()
+    drawn_images = torch.Generator().manual_seed(0)
+    torch.compiler.reset()
+    for gap_px in (3, 5):
+        grid = PatchGrid(patch_px=8, gap_px=gap_px, jitter_px=(0, 3), resize=None)
+        shape = (6, 3, grid.span_px, grid.span_px)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=drawn_images)
+        pipeline = PatchPipeline(grid=grid, color=Drop(noise="gaussian"), normalize=ByDataset())
+        drawn = pipeline.draw(len(images), seeded(4))
+        make = pipeline.compiled(lambda function: torch.compile(function, backend=counter))
+        torch.testing.assert_close(make(images, *drawn), pipeline.make(images, *drawn))
+    assert counter.frame_count == 1
