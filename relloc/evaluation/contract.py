@@ -235,6 +235,16 @@ class Evaluation(abc.ABC):
             UsageError, DataError: the images will not do; the message says why.
         """
 
+    def check_network(self, backbone: Backbone) -> None:  # noqa: B027 - most take any network
+        """Checks before any computation whether the evaluation can work on this network.
+
+        `backbone` is in evaluation mode, and may lie on PyTorch's meta device, whose tensors have
+        shapes but no values.
+
+        Raises:
+            UsageError: the network will not do with the settings; the message says why.
+        """
+
     def summary(self, rows: Sequence[Result]) -> Iterator[Result]:
         """Yields results that need all layers, such as the best layer, from the rows of all layers.
 

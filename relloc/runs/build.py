@@ -472,6 +472,11 @@ def pretraining(config: DictConfig) -> Pretraining:
         settings.images_per_batch_norm,
         settings.patches.grid.patch_px,
     )
+    # Days of training come before an evaluation that its network will not do for.
+    if settings.evaluations:
+        backbone = _backbone_without_memory(json.dumps(given["model"]))
+        for chosen in settings.evaluations:
+            chosen.evaluation.check_network(backbone)
     # Recalibration would estimate batch statistics from one image, which not every view allows.
     if settings.evaluations and "recalibrated" in settings.batch_norms and settings.view_batch == 1:
         check_one_image(settings.model.backbone(settings.seed), settings.view.crop_px)
@@ -664,6 +669,14 @@ def _missing_data_sets(evaluations: Sequence[ChosenEvaluation]) -> Iterator[str]
 
 def _unless_auto(value: Any) -> Any:
     return None if value == "auto" else value
+
+
+@functools.cache
+def _backbone_without_memory(node: str) -> Backbone:
+    """Returns the backbone of a model, in evaluation mode, without memory for the weights."""
+    # Tensors on PyTorch's meta device have shapes but no storage.
+    with torch.device("meta"):
+        return _model(json.loads(node)).make_backbone().eval()
 
 
 @functools.cache

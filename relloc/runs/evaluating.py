@@ -68,6 +68,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
     engine = resolve_engine(settings.engine)
     models = evaluated_models(settings)
     _refuse_all_without_head(models, settings.evaluations)
+    _check_networks(models, settings.evaluations)
     backbones = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
     answers = known_answers.applicable(backbones, names, settings.batch_norms)
@@ -198,6 +199,15 @@ def _refuse_all_without_head(
                 f"checkpoint={checkpoints} has no head that answers: give a run folder of "
                 "relloc.train with its checkpoints, checkpoint=RUN_FOLDER"
             )
+
+
+def _check_networks(
+    models: Sequence[EvaluatedModel], evaluations: Sequence[ChosenEvaluation]
+) -> None:
+    """Raises `UsageError` where an evaluation can't work on one of the networks."""
+    for model in models:
+        for chosen in evaluations:
+            chosen.evaluation.check_network(model.backbone.eval())
 
 
 def _answerable(

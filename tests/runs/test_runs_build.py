@@ -85,6 +85,10 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
             ["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"],
             "eval.voc07_svm.data.root=nowhere",
         ),
+        (
+            ["study=shortcuts", "view.short_px=64", "view.crop_px=56", "model=small"],
+            "study.shortcuts.layers",
+        ),
     ],
 )
 def test_a_training_that_cannot_be_is_told_by_its_setting(

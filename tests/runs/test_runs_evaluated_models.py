@@ -22,7 +22,7 @@ from relloc.models.resnet import ResNetBackbone
 from relloc.runs import build
 from relloc.runs.build import Evaluating
 from relloc.runs.evaluated_models import evaluated_models, supervised_weights
-from relloc.runs.evaluating import _refuse_all_without_head
+from relloc.runs.evaluating import _check_networks, _refuse_all_without_head
 from relloc.runs.naming import evaluation_name
 from relloc.runs.settings import conf_dir
 
@@ -86,6 +86,20 @@ def test_a_person_has_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(person.backbone.parameters())
     assert person.pretext is None
     assert evaluation_name([person], ["photos"], ["human"]) == "person on photos: human"
+
+
+def test_a_network_whose_maps_are_too_small_for_a_study_is_refused() -> None:
+    words = ("study=shortcuts", "checkpoint=random", "model=small")
+    large = of_study(*words)
+    models = evaluated_models(large)
+    before = {name: tensor.clone() for name, tensor in models[0].backbone.state_dict().items()}
+    _check_networks(models, large.evaluations)
+    small = of_study(*words, "view.short_px=64", "view.crop_px=56")
+    with pytest.raises(UsageError, match=r"study\.shortcuts\.layers"):
+        _check_networks(models, small.evaluations)
+    # The running statistics of batch norm are as they were.
+    for name, tensor in models[0].backbone.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_random_weights_of_a_sweep_are_left_out_where_a_study_asks_the_pretext_head(

@@ -477,7 +477,13 @@ def test_what_cannot_be_measured_is_refused(splits: Splits, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="border_px is 21.* 20,"):
         measured(study(border_px=21), splits, tmp_path, pretext=asked(AtRandom()))
     # A map of a single cell
+    too_small = study(view=Center(short_px=64, crop_px=64))
     with pytest.raises(UsageError, match="feature5"):
-        measured(study(view=Center(short_px=64, crop_px=64)), splits, tmp_path)
+        measured(too_small, splits, tmp_path)
+    # Which is known before anything is computed
+    backbone = context(splits=splits, folder=tmp_path).backbone
+    with pytest.raises(UsageError, match="feature5"):
+        too_small.check_network(backbone)
+    dataclasses.replace(too_small, layers=["feature1"]).check_network(backbone)
     with pytest.raises(DataError, match="made val has 1"):
         study().check(Splits(train=splits.train, held_out=Made("val", noise(1))))

@@ -265,12 +265,7 @@ class MapPositions:
         for layer, maps in feature_maps(
             self._backbone, pixels, self._layers, bf16=self._bf16
         ).items():
-            if maps.shape[2] * maps.shape[3] == 1:
-                raise UsageError(
-                    f"study.shortcuts.layers has {layer}, whose map of an image of "
-                    f"{pixels.shape[-1]} px is a single cell: give a larger "
-                    "study.shortcuts.view.crop_px, or leave the layer out"
-                )
+            refuse_single_cell(layer, maps, side_px=pixels.shape[-1])
             rows = evenly_spaced_cells(maps.shape[2], maps.device)
             columns = evenly_spaced_cells(maps.shape[3], maps.device)
             chosen = maps[:, :, rows][..., columns]
@@ -280,6 +275,15 @@ class MapPositions:
             positions = torch.cartesian_prod(of_rows, of_columns)
             cells[layer] = x, positions.expand(len(maps), -1, -1)
         return cells
+
+
+def refuse_single_cell(layer: str, maps: Float[Tensor, "b _d h w"], *, side_px: int) -> None:
+    """Raises `UsageError` if maps of a layer, of images of `side_px`, have one cell each."""
+    if maps.shape[2] * maps.shape[3] == 1:
+        raise UsageError(
+            f"study.shortcuts.layers has {layer}, whose map of an image of {side_px} px is a "
+            "single cell: give a larger study.shortcuts.view.crop_px, or leave the layer out"
+        )
 
 
 def evenly_spaced_cells(count: int, device: torch.device) -> Int[Tensor, "m"]:

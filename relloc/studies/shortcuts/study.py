@@ -1,18 +1,23 @@
 """Which tricks could solve the pretext task, and does a network use them?"""
 
 import dataclasses
+import random
 from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from PIL import Image
 
 from relloc import checks
 from relloc.data.image_set import Splits
 from relloc.data.views import View
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.contract import Context, Evaluation, PretextModel
-from relloc.models.backbone import STAGES
+from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.pipeline import Color
 from relloc.results import Score
 from relloc.studies.shortcuts.measurement import Measurement
 from relloc.studies.shortcuts.picture import draw_findings
+from relloc.studies.shortcuts.position import refuse_single_cell
 from relloc.studies.shortcuts.questions import Strengths
 from relloc.studies.shortcuts.reading import SinglePatches
 from relloc.studies.shortcuts.scores import make_scores
@@ -23,6 +28,8 @@ _SETTING = "study.shortcuts"
 _LEAST_IMAGES = 2
 # Half of the noise is learned from and half is tested, and both need an image held back.
 _LEAST_NOISE = 4
+# The side of an image that a view is tried on
+_CHECKED_PX = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,21 @@ class Shortcuts(Evaluation):
                     f"{_SETTING} needs {_LEAST_IMAGES} images at least, "
                     f"{images.name} {images.split} has {len(images)}"
                 )
+
+    @torch.no_grad()
+    def check_network(self, backbone: Backbone) -> None:
+        """Checks that each map of a view has several cells, whose places can be asked about.
+
+        Raises:
+            UsageError: a map has a single cell.
+        """
+        # Only shapes count, so that black images do.
+        image = Image.new("RGB", (_CHECKED_PX, _CHECKED_PX))
+        side_px = len(self.view(image, random.Random(0)))
+        device = next(backbone.parameters()).device
+        maps = backbone(torch.zeros(1, 3, side_px, side_px, device=device))
+        for layer in self.layers:
+            refuse_single_cell(layer, maps[layer], side_px=side_px)
 
     def run(self, context: Context) -> Iterator[Score]:
         """Yields accuracies, errors of positions, and the effect of each shortcut.
