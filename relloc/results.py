@@ -47,6 +47,22 @@ def closest_to_20(counts: Iterable[int]) -> int:
     return min(counts, key=lambda count: abs(count - 20))
 
 
+def known_interval(
+    low: float | None, high: float | None, unit: str = "%"
+) -> tuple[float, float] | None:
+    """Returns the ends of an interval as far as it tells something, or else None.
+
+    One of 0 to 100 % is stored where all images are of one source. One without width is stored
+    where all sources gave the same number: it does not mean that others would give it, too.
+    """
+    if low is None or high is None:
+        return None
+    # Rounding alone may have made a width.
+    has_width = not math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-9)
+    covers_all = unit == "%" and low <= 0 and high >= 100
+    return (low, high) if has_width and not covers_all else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Number:
     """The fields that a `Score` and a `Result` share; they are documented at `Result`."""

@@ -30,15 +30,17 @@ def escaped(text: str, *, keep: str = "") -> str:
     return "".join(_shown(char) if char not in keep else char for char in text)
 
 
-def quantity(count: int | float, noun: str, plural: str = "") -> str:
+def quantity(count: int | float, noun: str, plural: str = "", *, commas: bool = False) -> str:
     """Return a number with its noun, such as `1 image`, `12 images` or, given both, `2 classes`.
 
     Args:
         count: the number, printed as it is.
         noun: the noun for one.
         plural: the noun for any other number; by default `noun` with an s.
+        commas: whether thousands are separated by commas.
     """
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+    digits = f"{count:,}" if commas else f"{count}"
+    return f"{digits} {noun if count == 1 else plural or noun + 's'}"
 
 
 def _shown(char: str) -> str:

@@ -134,3 +134,8 @@ def test_a_message_stands_behind_what_was_printed_before() -> None:
 )
 def test_a_quantity_has_its_noun_in_the_right_number(count, words, text) -> None:
     assert quantity(count, *words) == text
+
+
+def test_thousands_of_a_quantity_have_commas_where_they_are_asked_for() -> None:
+    assert quantity(1, "pair", commas=True) == "1 pair"
+    assert quantity(1234, "pair", commas=True) == "1,234 pairs"

@@ -13,6 +13,7 @@ from pathlib import Path
 from relloc.reports.load import Line, Measured
 from relloc.reports.published import CARD_GROUP, PUBLISHED_MODEL, is_on_card
 from relloc.results import NO_FILES
+from relloc.terminal import quantity
 
 # The same name as in relloc.checkpoints.backbone_files, whose import takes seconds
 RUN_WEIGHTS = "backbone.safetensors"
@@ -36,10 +37,10 @@ def image_words(each: Measured) -> list[str]:
     """Returns what says which images a number is about: data set and split, how many, and view."""
     row = each.result
     # The pretext task is evaluated on pairs of patches, of which an image has several
-    unit = "pairs" if row.kind == "pretext" else "images"
+    unit = "pair" if row.kind == "pretext" else "image"
     words = (
         f"{row.dataset} {row.split}",
-        f"{row.n:,} {unit}",
+        quantity(row.n, unit, commas=True),
         each.images,
         row.view,
     )

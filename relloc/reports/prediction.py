@@ -286,9 +286,9 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def _label(measure: Quantity) -> str:
-    unit = "pairs" if measure.kind == "pretext" else "images"
+    unit = "pair" if measure.kind == "pretext" else "image"
     recalibrated = ", recalibrated" if measure.batch_norm == "recalibrated" else ""
-    images = f"{measure.n:,} {unit} of {measure.dataset} {measure.split}"
+    images = f"{quantity(measure.n, unit, commas=True)} of {measure.dataset} {measure.split}"
     return f"{measure.name} ({images}{recalibrated})"
 
 

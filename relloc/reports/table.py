@@ -36,7 +36,8 @@ from relloc.reports.published import (
     parts_of,
     published_numbers,
 )
-from relloc.results import LAYERS, Result, folder_of_files
+from relloc.results import LAYERS, Result, folder_of_files, known_interval
+from relloc.terminal import quantity
 
 # The choices of --rows: published relative location and its controls, or other pretext tasks too
 ROWS = ("card", "all")
@@ -285,7 +286,7 @@ def _numbers_by_images(entries: Sequence[ReportEntry], part: CardPart) -> Iterab
         row = entry.result
         if row.eval != part.evaluation or row.column not in part.columns:
             continue
-        images = f"{row.dataset} {row.split}, {row.n:,} images"
+        images = f"{row.dataset} {row.split}, {quantity(row.n, 'image', commas=True)}"
         line = ", ".join(filter(None, (entry.label, entry.setting)))
         by_images.setdefault(images, {}).setdefault(line, []).append(entry)
     for images, lines in sorted(by_images.items()):
@@ -425,8 +426,9 @@ def _our_cell(entry: ReportEntry, unit: str) -> Cell:
     spread = ""
     if std is not None:
         spread = f"± {std:.2f}"
-    elif result.low is not None and result.high is not None:
-        spread = f"({result.low:.2f} to {result.high:.2f})"
+    elif interval := known_interval(result.low, result.high, result.unit):
+        low, high = interval
+        spread = f"({low:.2f} to {high:.2f})"
     return Cell(
         text=text,
         note=note([entry]) if entry.group == CARD_GROUP else "",
@@ -560,8 +562,9 @@ def _details(entry: ReportEntry) -> Iterable[str]:
     if entry.measured.digest:
         yield f"images {entry.measured.digest}"
     # How certain it is
-    if row.low is not None and row.high is not None:
-        yield f"95 % interval {row.low:.2f} to {row.high:.2f}"
+    if interval := known_interval(row.low, row.high, row.unit):
+        low, high = interval
+        yield f"95 % interval {low:.2f} to {high:.2f}"
     for name, value in entry.spread.items():
         yield f"{name} over draws: {value:.2f}"
     if entry.layer_reason:
@@ -574,6 +577,10 @@ def _details(entry: ReportEntry) -> Iterable[str]:
         yield f"{word}: {first.row} {printed}, tolerance {first.tolerance:g}"
     for old in entry.measured.older:
         yield f"replaces {old.result.value:.2f} of run {old.run.name}"
+
+
+def _has_interval(row: Result) -> bool:
+    return known_interval(row.low, row.high, row.unit) is not None
 
 
 def _legend(entries: Sequence[ReportEntry], *, has_card: bool) -> Iterable[str]:
@@ -606,7 +613,7 @@ def _legend(entries: Sequence[ReportEntry], *, has_card: bool) -> Iterable[str]:
         "Bold: the highest of several rows of ours in a column with the same setting, supervised "
         "weights aside; the layers of nearest neighbors are rows that compete."
     )
-    if any(entry.is_shown and entry.result.low is not None for entry in entries):
+    if any(entry.is_shown and _has_interval(entry.result) for entry in entries):
         yield "In parentheses after a number: its 95 % interval."
     if any(entry.result.spread for entry in entries):
         yield "± is the standard deviation over the draws of low-shot examples."

@@ -26,7 +26,7 @@ from rich.table import Table
 from relloc import terminal
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.geometry import CHANCE_PERCENT
-from relloc.results import LAYERS, NO_FILES, Result
+from relloc.results import LAYERS, NO_FILES, Result, known_interval
 from relloc.runs.command_line import as_word
 from relloc.terminal import escaped, quantity
 
@@ -311,8 +311,11 @@ def print_measured(rows: Sequence[Result]) -> None:
 
 def pretext_line(row: Result) -> str:
     """Returns the line that tells the held-out pretext accuracy beside that of chance."""
-    interval = f"95 % interval {row.low:.1f} to {row.high:.1f}, {quantity(row.n, 'pair')}"
+    how_certain = quantity(row.n, "pair")
+    if interval := known_interval(row.low, row.high):
+        low, high = interval
+        how_certain = f"95 % interval {low:.1f} to {high:.1f}, {how_certain}"
     return (
-        f"pretext accuracy on {row.dataset} {row.split}: {row.value:.1f} % ({interval}); "
+        f"pretext accuracy on {row.dataset} {row.split}: {row.value:.1f} % ({how_certain}); "
         f"chance is {CHANCE_PERCENT} %"
     )

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from relloc.files import writing
 from relloc.geometry import CHANCE_PERCENT
 from relloc.pretext.held_out import clustered_ratio
-from relloc.results import Score
+from relloc.results import Score, known_interval
 from relloc.studies.csv_tables import write_table
+from relloc.terminal import quantity
 
 # A picture of more lines could not be read.
 _MOST_LINES = 40
@@ -33,6 +34,16 @@ class Share:
     pairs: int
     images: int
 
+    @property
+    def in_words(self) -> str:
+        """The accuracy as a phrase, with its interval where that tells something, and chance."""
+        pairs = quantity(self.pairs, "pair", commas=True)
+        text = f"{self.percent:.1f} % of {pairs} right"
+        if interval := known_interval(self.low, self.high):
+            low, high = interval
+            text += f" (95 % interval {low:.1f} to {high:.1f})"
+        return f"{text}, chance is {CHANCE_PERCENT} %"
+
     def score(
         self,
         metric: str,
@@ -52,7 +63,7 @@ class Share:
             table=table,
             column=column if table else "",
             variant=variant,
-            details=(f"{self.pairs:,} pairs", *details),
+            details=(quantity(self.pairs, "pair", commas=True), *details),
         )
 
 
@@ -127,13 +138,14 @@ def draw_shares(shares: Sequence[Share], path: Path, *, title: str) -> None:
     axis = figure.add_subplot()
     highest = 50.0
     for line, share in enumerate(shown):
-        # An interval of everything says that all pairs are of one source: it is not drawn.
-        if (share.low, share.high) != (0, 100):
-            axis.plot([share.low, share.high], [line, line], color="tab:blue", linewidth=2)
+        if interval := known_interval(share.low, share.high):
+            axis.plot(interval, [line, line], color="tab:blue", linewidth=2)
             highest = max(highest, share.high)
         highest = max(highest, share.percent)
         axis.plot(share.percent, line, "o", color="tab:blue", markersize=5)
-    names = [f"{share.name} ({share.pairs:,} pairs)" for share in shown]
+    names = []
+    for share in shown:
+        names.append(f"{share.name} ({quantity(share.pairs, 'pair', commas=True)})")
     axis.set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
     # The first share stands at the top.
     axis.invert_yaxis()

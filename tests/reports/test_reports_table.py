@@ -556,6 +556,26 @@ def test_numbers_of_a_study_stand_together_whatever_images_they_are_about(
     assert "16 images" in of_lens
 
 
+def test_intervals_that_tell_nothing_are_left_out(result: Callable[..., Result]) -> None:
+    def told(low: float, high: float, unit: str) -> tuple[str, bool, bool]:
+        row = study_row(result, 12.5, unit=unit, low=low, high=high, n=1)
+        report = make_report(measured(row))
+        (group,) = report.groups
+        (table,) = group.tables
+        (cell,) = table.rows[0].cells
+        assert cell
+        assert "1 image" in f"{table.caption} {table.rows[0].notes}"
+        assert "1 images" not in f"{table.caption} {table.rows[0].notes}"
+        in_legend = any("95 % interval" in sentence for sentence in report.legend)
+        return cell.spread, "95 % interval" in cell.details, in_legend
+
+    # Of one source, and of sources that all gave the same number
+    assert told(0, 100, "%") == ("", False, False)
+    assert told(12.5, 12.5 + 1e-14, "%") == ("", False, False)
+    assert told(0, 99, "%") == ("(0.00 to 99.00)", True, True)
+    assert told(0, 100, "points") == ("(0.00 to 100.00)", True, True)
+
+
 def test_a_table_of_a_study_says_once_which_images_it_is_about(
     result: Callable[..., Result],
 ) -> None:

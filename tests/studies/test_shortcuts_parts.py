@@ -21,10 +21,12 @@ from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.held_out import accuracy
 from relloc.studies.shortcuts import distortions
 from relloc.studies.shortcuts.estimates import Estimate, accuracy_estimate, difference_estimate
+from relloc.studies.shortcuts.findings import Findings, Origin
 from relloc.studies.shortcuts.position import errors_of, evenly_spaced_cells, held_back_sources
 from relloc.studies.shortcuts.questions import Strengths, questions
 from relloc.studies.shortcuts.reading import SinglePatches, cut_anywhere
 from relloc.studies.shortcuts.ridge import RidgeSums, fit, fit_best, mean_squared_error
+from relloc.studies.shortcuts.scores import make_scores
 from relloc.studies.shortcuts.verdicts import (
     CANNOT_TELL,
     DOES_NOT,
@@ -34,6 +36,7 @@ from relloc.studies.shortcuts.verdicts import (
     NEGATIVE,
     USES,
     USES_WRONGLY,
+    Verdict,
     judge,
     judge_features,
 )
@@ -238,6 +241,26 @@ def test_accuracies_have_the_intervals_of_the_pretext_task() -> None:
 
 def effect(value: float, half_width: float) -> Estimate:
     return Estimate(value=value, half_width=half_width, n=1000, sources=1000)
+
+
+@pytest.mark.parametrize("sources", [["a", "a"], ["a", "b"]])
+def test_only_numbers_of_several_sources_have_an_interval(sources: list[str]) -> None:
+    accuracy_of_two = accuracy_estimate(torch.tensor([1, 5]), sources)
+    verdict = Verdict(
+        shortcut="a", title="b", effect=accuracy_of_two, unit="%", meaning="", origin=Origin()
+    )
+    findings = Findings(
+        asked=(),
+        right={},
+        patch_errors={},
+        map_errors={},
+        sources=sources,
+        single=SinglePatches(patch_px=8, short_px=16, count=1),
+    )
+    (score,) = make_scores(findings, [verdict])
+    n_sources = len(set(sources))
+    assert (score.low is not None, score.high is not None) == (n_sources > 1, n_sources > 1)
+    assert ("interval, clustered" in score.details[-1]) == (n_sources > 1)
 
 
 def test_verdicts_follow_from_intervals() -> None:

@@ -35,7 +35,7 @@ from relloc.pretext.held_out import accuracy, count_hits, predict_positions
 from relloc.pretext.relative_location import POSITIONS
 from relloc.results import Score
 from relloc.runs.monitors import held_out_crops
-from relloc.studies.accuracies import draw_shares, share_of
+from relloc.studies.accuracies import Share, draw_shares, share_of
 from relloc.studies.asking import Answers, ask
 from relloc.studies.pretext_accuracy.boxes import places_of_pairs
 from relloc.studies.pretext_accuracy.reliability import reliability
@@ -172,6 +172,17 @@ def test_a_network_that_is_always_right(tmp_path: Path) -> None:
     assert (found[0].value, found[0].high) == (100, 100)
     assert found[0].low == pytest.approx(100 * exact.low)
     assert values(found)["calibration_error"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_told"), [(0, 100, False), (12.5, 12.5, False), (3, 40, True)]
+)
+def test_words_leave_out_an_interval_that_tells_nothing(
+    low: float, high: float, is_told: bool
+) -> None:
+    share = Share(name="all", percent=12.5, low=low, high=high, pairs=1, images=1)
+    assert ("interval" in share.in_words) == is_told
+    assert "12.5 % of 1 pair " in share.in_words
 
 
 def test_calibration_agrees_with_scikit_learn_and_with_a_plain_twin() -> None:

@@ -199,11 +199,11 @@ class Human(Evaluation):
         self, person: Replies, given: Sequence[GivenAnswer], context: Context
     ) -> Iterator[Score]:
         overall = _share_of_all(person)
-        context.print_line(f"human   {self.person}: {_in_words(overall)}")
+        context.print_line(f"human   {self.person}: {overall.in_words}")
         told = "told" if self.feedback else "not told"
         whose = () if context.checkpoint == PERSON else (_OF_PERSON,)
         details = (
-            f"{overall.pairs:,} pairs",
+            quantity(overall.pairs, "pair", commas=True),
             f"person {self.person}; colors {type(self.color).__name__}; right answers {told}",
             *whose,
             f"95 % t interval, clustered by source image; chance is {CHANCE_PERCENT} %",
@@ -233,7 +233,7 @@ class Human(Evaluation):
 
 def _of_network(person: Replies, network: Replies, context: Context) -> Iterator[Score]:
     overall = _share_of_all(network)
-    context.print_line(f"human   network: {_in_words(overall)}")
+    context.print_line(f"human   network: {overall.in_words}")
     yield overall.score("network_accuracy", ("the same pairs, in the colors of its training",))
     for score in compare(person, network):
         if score.metric == "agreement":
@@ -246,13 +246,6 @@ def _share_of_all(replies: Replies) -> Share:
     if share is None:
         raise ValueError("there are no answers")
     return share
-
-
-def _in_words(share: Share) -> str:
-    return (
-        f"{share.percent:.1f} % of {quantity(share.pairs, 'pair')} right (95 % interval "
-        f"{share.low:.1f} to {share.high:.1f}), chance is {CHANCE_PERCENT} %"
-    )
 
 
 def _save(replies: Replies, heading: str, prefix: str, context: Context) -> None:

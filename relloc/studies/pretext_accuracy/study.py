@@ -135,7 +135,7 @@ class Pretext(Evaluation):
 
     def _scores(self, findings: "_Findings", context: Context) -> Iterator[Score]:
         overall = findings.share(_ALL, findings.all_pairs)
-        context.print_line(_in_words(overall))
+        context.print_line(f"pretext {overall.in_words}")
         colors = type(context.pretext.patches.color).__name__ if context.pretext else ""
         headline = dataclasses.replace(
             overall.score("accuracy", table=_OVERALL, column=self.view),
@@ -343,13 +343,6 @@ class _Findings:
         if math.isinf(half_width):
             return mean, None, None
         return mean, mean - half_width, mean + half_width
-
-
-def _in_words(overall: Share) -> str:
-    return (
-        f"pretext {overall.percent:.1f} % of {overall.pairs:,} pairs right (95 % interval "
-        f"{overall.low:.1f} to {overall.high:.1f}), chance is {CHANCE_PERCENT} %"
-    )
 
 
 def _pairs_by_place(places: PairPlaces) -> list[tuple[str, _Mask]]:

@@ -59,6 +59,8 @@ def _score(
 ) -> Score:
     """Returns a score of an estimate; where nothing is known of an interval, it has none."""
     is_known = math.isfinite(estimate.half_width)
+    sources = quantity(estimate.sources, "source")
+    about_interval = f"{_INTERVAL}: {sources}" if is_known else f"{sources}, so no interval"
     return Score(
         metric=metric,
         value=estimate.value,
@@ -72,7 +74,7 @@ def _score(
         unit=unit,
         # Neither is better: a shortcut is a finding about images and network.
         higher_is_better=None,
-        details=(*details, f"{_INTERVAL}: {quantity(estimate.sources, 'source')}"),
+        details=(*details, about_interval),
     )
 
 
