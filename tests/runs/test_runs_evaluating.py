@@ -257,7 +257,7 @@ def test_boxes_and_a_study_become_rows_and_files_of_the_run(
         .splitlines()
     )
     (line,) = [line for line in shown if "box_error" in line]
-    assert line.split()[-1] == f"{rows[0].value:.1f}"
+    assert line.split()[-1] == f"{rows[0].value:.3f}"
     assert any(line.split()[-1:] == ["value"] for line in shown)
 
 
