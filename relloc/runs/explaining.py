@@ -158,6 +158,10 @@ def _explain_call(error: InstantiationException) -> str | None:
     return f"{node} can't be made with {shown}: {reason}. See --help {setting}"
 
 
+# Of a group that a command does not have, the command that has it
+_COMMANDS_WITHOUT = {("study", "evaluate"): "study", ("eval", "study"): "evaluate"}
+
+
 def no_setting(
     wrong: str,
     command: str,
@@ -178,17 +182,11 @@ def no_setting(
         # A group is misspelt as well.
         composed = settings.compose(command)
     known = composed.names()
-    group, _, _ = wrong.partition(".")
-    # A setting of another command, such as grid.gap_px with relloc.evaluate
-    if group not in known:
-        for other in settings.COMMANDS:
-            of_other = settings.compose(other)
-            if wrong in of_other.names():
-                return (
-                    f"relloc.{command} has no setting {wrong}: "
-                    f"it belongs to python -m relloc.{other}"
-                )
+    other = _other_command(wrong, command, known)
+    if other:
+        return other
     # A setting of another member of the group, such as data.root with data=photos
+    group, _, _ = wrong.partition(".")
     having = _members_with(wrong, command)
     if having:
         swept = [word for word in words if word.startswith(f"{group}=") and "," in word]
@@ -206,6 +204,22 @@ def no_setting(
         return f"there is no setting {wrong}. Did you mean {new_name(old)}, which was {old} before?"
     hint = _meant(wrong, known)
     return f"there is no setting {wrong}{hint}"
+
+
+def _other_command(wrong: str, command: str, known: Sequence[str]) -> str:
+    """Returns the message for a setting of another command, such as grid.gap_px of relloc.train."""
+    group, _, _ = wrong.partition(".")
+    # Evaluations given to relloc.study, or studies to relloc.evaluate
+    having_group = _COMMANDS_WITHOUT.get((group, command))
+    if having_group:
+        return f"relloc.{command} has no {group}=: give it to python -m relloc.{having_group}"
+    others = () if group in known else settings.COMMANDS
+    for other in others:
+        if wrong in settings.compose(other).names():
+            return (
+                f"relloc.{command} has no setting {wrong}: it belongs to python -m relloc.{other}"
+            )
+    return ""
 
 
 def _prepare_takes_data(words: Sequence[str]) -> str:

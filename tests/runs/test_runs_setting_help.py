@@ -159,6 +159,9 @@ def test_a_misspelt_recipe_is_told_although_hydra_would_go_on_without(word: str)
 
 def test_a_setting_of_another_command_is_told_as_that() -> None:
     assert "relloc.train" in explaining.no_setting("grid.gap_px", "evaluate", [])
+    for wrong in ("study", "study.shortcuts.n_images"):
+        assert "python -m relloc.study" in explaining.no_setting(wrong, "evaluate", [])
+    assert "python -m relloc.evaluate" in explaining.no_setting("eval", "study", [])
 
 
 @pytest.mark.parametrize(
