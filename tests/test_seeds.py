@@ -37,6 +37,7 @@ AS_GIVEN = {
     "studies/shortcuts/questions.py": "the seed of an image's question is derived by its caller",
     "studies/shortcuts/position.py": "likewise of the colors of its patches",
     "studies/shortcuts/reading.py": "likewise of what is cut out of it",
+    "studies/shortcuts/study.py": "the side of a view, the same whatever the seed",
     "evals/squared_hinge.py": "an approximation's start, the same whatever the seed",
 }
 

@@ -398,8 +398,10 @@ def check_evaluations(words: Sequence[str], config: DictConfig) -> None:
     Hydra refuses such a word, except where a preset has settings of the evaluation too. `words` are
     those of the command line, `config` what they compose.
     """
-    for word in words:
-        override = parsed(word)
+    overrides = {word: parsed(word) for word in words}
+    # Settings of an evaluation that the same command takes out, as ~eval.knn, are no mistake.
+    taken_out = {one.key_or_group for one in overrides.values() if one and one.is_delete()}
+    for word, override in overrides.items():
         if override is None or override.is_delete():
             continue
         # A package is where the member of another group is put, as in data@eval.knn.data=folder.
@@ -407,6 +409,8 @@ def check_evaluations(words: Sequence[str], config: DictConfig) -> None:
         group, _, inner = key.partition(".")
         evaluation, _, _ = inner.partition(".")
         if group not in settings.EVALUATION_GROUPS or not evaluation:
+            continue
+        if f"{group}.{evaluation}" in taken_out:
             continue
         chosen = settings.chosen_evaluations(config, group)
         if evaluation in chosen or _is_read(key, config):
