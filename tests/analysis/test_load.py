@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_notebooks import ANALYSIS, runs  # noqa: F401  (a fixture)
+from test_notebooks import ANALYSIS
 
 from relloc.errors import DataError, UsageError
 from relloc.results import Result, append_results, read_results
@@ -162,11 +162,11 @@ def test_more_lines_than_can_be_told_apart_are_refused(here):
         (["run=*6ep*", "eval=pretext"], 1),
     ],
 )
-def test_words_select_as_those_of_reports(runs, words, n):  # noqa: F811
+def test_words_select_as_those_of_reports(runs, words, n):
     assert len(load.load_results(words)) == n
 
 
-def test_words_that_fit_nothing_are_told(runs):  # noqa: F811
+def test_words_that_fit_nothing_are_told(runs):
     with pytest.raises(UsageError, match=r"grid\.gap is neither a field"):
         load.load_results(["grid.gap=0"])
     with pytest.raises(UsageError, match="fits eval=none"):
@@ -180,7 +180,7 @@ def test_no_runs_are_told(here):
         load.load_results()
 
 
-def test_curves_are_of_trainings_by_images_seen(runs):  # noqa: F811
+def test_curves_are_of_trainings_by_images_seen(runs):
     curves = load.load_curves(["grid.gap_px=8", "grid.jitter_px=0"])
     assert curves["folder"].nunique() == 3
     last = curves[(curves["folder"] == "long") & (curves["metric"] == "train/loss")].iloc[-1]
@@ -188,7 +188,7 @@ def test_curves_are_of_trainings_by_images_seen(runs):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_store_of_mlflow_gives_what_run_folders_give(runs, monkeypatch, tmp_path):  # noqa: F811
+def test_a_store_of_mlflow_gives_what_run_folders_give(runs, monkeypatch, tmp_path):
     results, curves = load.load_results(), load.load_curves()
     of_sweep = load.load_results(["sweep=gaps", "eval=knn"])
     # Among them are rows of random weights that one run measured and others copied

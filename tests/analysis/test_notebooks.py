@@ -1,7 +1,6 @@
 """Notebooks are executed as notebooks, on a small set of runs that `record.py` recorded."""
 
 import re
-import tarfile
 from pathlib import Path
 
 import jupytext
@@ -17,7 +16,6 @@ from relloc.tracking import RunRecord
 HERE = Path(__file__).parent
 ANALYSIS = HERE.parents[1] / "analysis"
 NOTEBOOKS = sorted(path.stem for path in ANALYSIS.glob("*.py") if "jupytext" in path.read_text())
-RECORDED_RUNS = "/recorded/runs"
 # What each is asked of, and the figures that it saves
 SELECTED = {
     "accuracy_by_layer": ("sweep=gaps grid.jitter_px=0", ["accuracy_by_layer"]),
@@ -30,24 +28,6 @@ SELECTED = {
     "sweep": ("", ["sweep"]),
     "training_curves": ("sweep=gaps", ["training_curves"]),
 }
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch) -> Path:
-    """The recorded runs, in the folder that RELLOC_RUNS names."""
-    folder = tmp_path / "runs"
-    with tarfile.open(HERE / "recorded.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    for file in folder.rglob("*.json*"):
-        file.write_text(file.read_text().replace(RECORDED_RUNS, str(folder)))
-    # MLflow keeps copies of results beside the runs, which are no runs
-    copies = folder / "mlartifacts"
-    copies.mkdir()
-    (copies / "results.jsonl").write_bytes((folder / "long" / "results.jsonl").read_bytes())
-    monkeypatch.setenv("RELLOC_RUNS", str(folder))
-    monkeypatch.delenv("RELLOC_MLFLOW", raising=False)
-    monkeypatch.delenv("RELLOC_SELECT", raising=False)
-    return folder
 
 
 def execute(name: str) -> str:

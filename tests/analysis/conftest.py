@@ -1,0 +1,27 @@
+"""Recorded runs, for the notebooks and for what loads them."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+RECORDED_RUNS = "/recorded/runs"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """The recorded runs, in the folder that RELLOC_RUNS names."""
+    folder = tmp_path / "runs"
+    with tarfile.open(HERE / "recorded.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    for file in folder.rglob("*.json*"):
+        file.write_text(file.read_text().replace(RECORDED_RUNS, str(folder)))
+    # MLflow keeps copies of results beside the runs, which are no runs
+    copies = folder / "mlartifacts"
+    copies.mkdir()
+    (copies / "results.jsonl").write_bytes((folder / "long" / "results.jsonl").read_bytes())
+    monkeypatch.setenv("RELLOC_RUNS", str(folder))
+    monkeypatch.delenv("RELLOC_MLFLOW", raising=False)
+    monkeypatch.delenv("RELLOC_SELECT", raising=False)
+    return folder
