@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import dataclasses
 import http.client
@@ -425,6 +426,21 @@ def test_a_port_that_is_taken_is_refused_by_its_setting(
         serving(session_of(tmp_path), TEXTS, port, "study.human.port"),
     ):
         pass
+
+
+def test_a_connection_opened_in_advance_gives_no_answer_after_the_end(tmp_path: Path) -> None:
+    session = session_of(tmp_path)
+    with serving(session, TEXTS, 0, "port") as server:
+        port = server.server_address[1]
+        early = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        early.connect()
+        # Connections are accepted in order: once another one is answered, the first has a thread.
+        assert ask_server(server, "state")[0] == 200
+    body = json.dumps(answer_to(0))
+    with contextlib.closing(early), pytest.raises(ConnectionError):
+        early.request("POST", f"/{server.token}/answer", body, {"Content-Type": "application/json"})
+        early.getresponse()
+    assert session.answers == []
 
 
 # Comparison

@@ -14,6 +14,7 @@ import http.server
 import io
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -54,12 +55,34 @@ class QuestionServer(http.server.ThreadingHTTPServer):
         self.texts = texts
         self.token = secrets.token_urlsafe(16)
         self.over = threading.Event()
+        self._connections: set[socket.socket] = set()
         super().__init__((HOST, port), _Handler)
 
     @property
     def address(self) -> str:
         """The address of the page."""
         return f"http://{HOST}:{self.server_address[1]}/{self.token}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answers a connection in a thread of its own."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Ends a connection that was answered."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Ends the server, and connections that a browser opened in advance.
+
+        Their threads would go on to take answers.
+        """
+        super().server_close()
+        for connection in list(self._connections):
+            # The browser may have ended it meanwhile.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing of connections that a browser has dropped."""
