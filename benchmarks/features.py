@@ -30,7 +30,7 @@ from relloc.features.source import EncodeConfig
 from relloc.models.resnet import ResNetBackbone
 from relloc.results import LAYERS
 from relloc.runs import build, engine
-from relloc.runs.build import Evaluating
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.settings import conf_dir
 
 CROP_PX, SHORT_PX = 224, 256

@@ -34,7 +34,7 @@ from relloc.features.source import FeatureBatch, LiveFeatures
 from relloc.models.backbone import STAGES, Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.runs import build, engine
-from relloc.runs.build import Evaluating
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.settings import conf_dir
 
 ONE = ("feature5",)

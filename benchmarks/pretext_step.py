@@ -19,7 +19,7 @@ from torch import nn
 
 from relloc.pretext import loop
 from relloc.runs import build, engine
-from relloc.runs.build import Pretraining
+from relloc.runs.command_settings import Pretraining
 from relloc.runs.pretraining import make_task
 from relloc.runs.settings import conf_dir
 

@@ -44,6 +44,7 @@ from relloc.features.source import EncodeConfig
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
 from relloc.runs import build, engine
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.settings import conf_dir
 from relloc.studies.best_images import BestImages, best_images
 from relloc.studies.constellations import PATCHES
@@ -140,7 +141,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _settings(overrides: Sequence[str]) -> build.Evaluating:
+def _settings(overrides: Sequence[str]) -> Evaluating:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         words = ["checkpoint=random", "study=neighbors", *overrides]
         return build.evaluating(compose("study", words))

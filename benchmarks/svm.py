@@ -43,7 +43,7 @@ from relloc.evaluation.contract import Context, Evaluation, NullState
 from relloc.features.batch_norm import recalibrate
 from relloc.features.source import Bank, LiveFeatures, fill_bank
 from relloc.runs import build, engine
-from relloc.runs.build import Evaluating
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.evaluated_models import evaluated_models
 from relloc.runs.settings import conf_dir
 

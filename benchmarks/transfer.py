@@ -56,7 +56,7 @@ from relloc.evaluation.contract import Context, NamedEvaluation, NullState
 from relloc.evaluation.run import NO_FEATURES
 from relloc.models.backbone import Backbone
 from relloc.runs import build, engine
-from relloc.runs.build import Evaluating
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.settings import conf_dir
 from relloc.transfer.detection.anchors import RATIOS
 from relloc.transfer.detection.batch import Targets

@@ -21,7 +21,7 @@ AS_GIVEN = {
     "data/crops.py": "the seed of a crop is part of its key",
     "data/views.py": "likewise of a view",
     "features/augment.py": "likewise of an image's colors",
-    "runs/build.py": "initial weights come from the plain seed, as everywhere",
+    "runs/command_settings.py": "initial weights come from the plain seed, as everywhere",
     "runs/pretraining.py": "likewise",
     "runs/evaluated_models.py": "likewise",
     "pretext/loop.py": "the task's seed_of derives it",

@@ -27,7 +27,8 @@ from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.results import NO_FILES, PERSON
 from relloc.runs import console
-from relloc.runs.build import Evaluating, model_of_conf
+from relloc.runs.build import model_of_conf
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.pretext_models import pretext_model
 from relloc.tracking.unfinished import unfinished_training
 

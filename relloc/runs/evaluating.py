@@ -41,7 +41,7 @@ from relloc.results import (
     tracked_eval,
 )
 from relloc.runs import console, known_answers
-from relloc.runs.build import ChosenEvaluation, Evaluating
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.data_sets import DATA_PAGE
 from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import evaluated_models, files_of_sweep
@@ -49,6 +49,7 @@ from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
 from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
+from relloc.runs.run_settings import ChosenEvaluation
 from relloc.terminal import quantity
 from relloc.tracking.journal import Journal
 

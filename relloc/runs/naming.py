@@ -9,7 +9,7 @@ from pathlib import Path
 
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.results import NO_FILES
-from relloc.runs.build import Pretraining
+from relloc.runs.command_settings import Pretraining
 from relloc.tracking import RunRecord
 from relloc.tracking.record import RUN_FILE
 

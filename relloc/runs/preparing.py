@@ -18,7 +18,7 @@ from relloc.data.packing import CHECK_FILE, Packing, pack
 from relloc.data.unnamed import UNNAMED
 from relloc.errors import TooManyUnreadable
 from relloc.runs import console
-from relloc.runs.build import Preparing
+from relloc.runs.command_settings import Preparing
 from relloc.runs.data_sets import DataSet
 from relloc.runs.invocation import Invocation
 from relloc.runs.settings import members

@@ -20,8 +20,8 @@ from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.relative_location import RelativeLocation
 from relloc.runs import settings
-from relloc.runs.build import call
 from relloc.runs.data_of_run import CONFIG_FILE, load_config
+from relloc.runs.instantiation import call
 from relloc.tracking import flatten
 
 # What makes patches: groups of conf/, and fields of `PatchPipeline`

@@ -32,8 +32,8 @@ from relloc.pretext.loop import Task
 from relloc.pretext.stopping import stop_request
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console, saving
-from relloc.runs.build import Pretraining
 from relloc.runs.command_line import as_value
+from relloc.runs.command_settings import Pretraining
 from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import make_evaluated_model
 from relloc.runs.evaluating import (

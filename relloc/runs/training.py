@@ -28,7 +28,7 @@ from relloc.pretext.loop import Task, train
 from relloc.pretext.stopping import Stopped, StopRequest
 from relloc.runs import console
 from relloc.runs import engine as engines
-from relloc.runs.build import Pretraining
+from relloc.runs.command_settings import Pretraining
 from relloc.runs.engine import Engine
 from relloc.runs.folder import RunFolder
 from relloc.runs.monitors import Monitors

@@ -11,7 +11,7 @@ from relloc.data.views import RandomCrop, RandomResized, View
 from relloc.features.augment import JitterAndLighting
 from relloc.pretext.relative_location import RelativeLocation
 from relloc.runs import build
-from relloc.runs.build import Pretraining
+from relloc.runs.command_settings import Pretraining
 
 
 @pytest.fixture(

@@ -20,7 +20,7 @@ from relloc.errors import CheckpointError, UsageError
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.resnet import ResNetBackbone
 from relloc.runs import build
-from relloc.runs.build import Evaluating
+from relloc.runs.command_settings import Evaluating
 from relloc.runs.evaluated_models import evaluated_models, supervised_weights
 from relloc.runs.evaluating import _check_networks, _refuse_all_without_head
 from relloc.runs.naming import evaluation_name

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from relloc.runs import build, pretraining
-from relloc.runs.build import Pretraining
+from relloc.runs.command_settings import Pretraining
 from relloc.runs.invocation import Invocation
 from relloc.runs.pretraining import fastest_images_per_forward
 from relloc.runs.settings import conf_dir, plain

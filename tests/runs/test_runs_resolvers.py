@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from relloc.data.manifest import FORMAT, MANIFEST
 from relloc.errors import UsageError
 from relloc.runs import build, resolvers, settings
+from relloc.runs.instantiation import call
 
 SPANS = st.lists(st.floats(0.01, 0.99), max_size=4, unique=True).map(sorted)
 
@@ -48,7 +49,7 @@ def test_whole_milestones_rise_and_are_reached(
 def test_only_epochs_need_be_set() -> None:
     shorter = composed("data=in1k", "schedule.epochs=7").schedule
     assert (shorter.warmup_epochs, shorter.milestone_epochs) == (0.5, [3, 5])
-    assert build.call("schedule", settings.plain(shorter)).factor(6) == pytest.approx(0.01)
+    assert call("schedule", settings.plain(shorter)).factor(6) == pytest.approx(0.01)
     assert composed("schedule.epochs=3", "schedule=cosine").schedule.warmup_epochs == 0.1
     given = composed(
         "data=in1k",

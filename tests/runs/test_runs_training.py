@@ -14,7 +14,7 @@ from relloc.errors import DataError, UsageError
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.stopping import StopRequest, stop_request
 from relloc.runs import build, saving, training
-from relloc.runs.build import Pretraining
+from relloc.runs.command_settings import Pretraining
 from relloc.runs.engine import resolve_engine
 from relloc.runs.pretraining import make_plan, make_task
 from relloc.runs.settings import conf_dir
