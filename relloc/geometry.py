@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from relloc import checks
 from relloc.errors import UsageError
+from relloc.neutral import repr_without_defaults
 
 Pair = tuple[int, int]  # (row, column), (height, width) or (low, high), in pixels
 CELLS = 9
@@ -151,6 +152,8 @@ class PatchGrid:
             means -J to J, a pair [low, high] means low to high, ends included. For example [0, 21]
             with a gap of 21 is the random 64 px crop of an 85 px cell of mmselfsup.
         resize: how an image is resized before the patches are cut; None keeps its size.
+        yoked_jitter: whether all patches of an image are displaced by the same jitter, as in
+            Mundhenk et al. (CVPR 2018), and not each by its own.
 
     Example:
         >>> grid = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
@@ -165,9 +168,14 @@ class PatchGrid:
     gap_px: int
     jitter_px: int | Pair | list[int]
     resize: Resize | None
+    yoked_jitter: bool = False
+
+    def __repr__(self) -> str:
+        return repr_without_defaults(self)
 
     def __post_init__(self) -> None:
         checks.whole("grid.patch_px", self.patch_px)
+        checks.true_or_false("grid.yoked_jitter", self.yoked_jitter)
         # A negative gap would make patches overlap, and shared pixels give the answer away.
         checks.whole("grid.gap_px", self.gap_px, at_least=0)
         self._check_jitter()

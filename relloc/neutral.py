@@ -8,9 +8,10 @@ The lists serve two purposes:
   It also leaves out what is only observed, and where images lie: their digest is compared instead.
 
 Results use neither: a result that exists already is recognized by the fingerprint of what it
-measures.
+measures. `repr_without_defaults` is for what stands in fingerprints.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,13 @@ _OBSERVATION = {
     "data.unreadable_share": "when a run gives up",
 }
 
+# Settings that came after the first sweeps, and the value at which a run is as it was without them.
+# With that value they are left out, so that earlier trainings and points are still recognized. The
+# names also stand for those of groups within others, such as study.human.grid.yoked_jitter.
+_LATER: dict[str, Any] = {
+    "grid.yoked_jitter": False,
+}
+
 
 def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that decide which weights a training makes of its images.
@@ -71,7 +79,7 @@ def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     deciding = {}
     for name, value in settings.items():
         is_neutral = f"{name}.".startswith(neutral_prefixes)
-        if not is_neutral:
+        if not is_neutral and not _is_as_before(name, value):
             deciding[name] = value
     return deciding
 
@@ -85,7 +93,7 @@ def settings_of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
     deciding: dict[str, Any] = {}
     for name, value in config.items():
         full_name = f"{prefix}{name}"
-        if full_name in _EXECUTION:
+        if full_name in _EXECUTION or _is_as_before(full_name, value):
             continue
         # Groups are searched too, since some of their settings may be neutral.
         if isinstance(value, Mapping):
@@ -93,3 +101,26 @@ def settings_of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
         else:
             deciding[name] = value
     return deciding
+
+
+def repr_without_defaults(value: Any) -> str:
+    """Returns the repr of a dataclass without the fields that have their default values.
+
+    Fingerprints hold such texts: a field with a default that a later version adds changes none of
+    them while it has its default.
+    """
+    shown = []
+    for field in dataclasses.fields(value):
+        of_field = getattr(value, field.name)
+        is_default = of_field == field.default
+        if field.repr and not is_default:
+            shown.append(f"{field.name}={of_field!r}")
+    return f"{type(value).__qualname__}({', '.join(shown)})"
+
+
+def _is_as_before(name: str, value: Any) -> bool:
+    """Returns whether a later setting has the value at which a run is as it was without it."""
+    for later, value_before in _LATER.items():
+        if f".{name}".endswith(f".{later}"):
+            return value == value_before
+    return False

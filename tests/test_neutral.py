@@ -1,8 +1,11 @@
 """The settings that tell two runs apart, and those that must not."""
 
+import dataclasses
+
 import pytest
 
 from relloc import neutral
+from relloc.geometry import PatchGrid, ShortSide
 from relloc.runs import settings
 
 
@@ -12,7 +15,7 @@ def test_every_name_is_a_setting() -> None:
         name for command in ("train", "evaluate") for name in settings.compose(command).names()
     }
     known |= {"hydra", *settings.compose("train", ["data=folder"]).names()}
-    assert {*neutral._EXECUTION, *neutral._OBSERVATION} - known == set()
+    assert {*neutral._EXECUTION, *neutral._OBSERVATION, *neutral._LATER} - known == set()
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,21 @@ def test_a_run_is_the_same_however_it_is_run_and_another_with_other_evaluations(
         "recipe": {"images_per_step": 2},
         "eval": {"knn": {"device": 3}},
     }
+
+
+@pytest.mark.parametrize("group", ["grid", "study.human.grid"])
+def test_later_settings_count_only_where_they_change_something(group: str) -> None:
+    assert neutral.settings_of_run({"yoked_jitter": False, "gap_px": 1}, f"{group}.") == {
+        "gap_px": 1
+    }
+    assert neutral.settings_of_weights({"grid.yoked_jitter": False}) == {}
+    assert neutral.settings_of_run({"yoked_jitter": True}, f"{group}.") == {"yoked_jitter": True}
+    assert neutral.settings_of_weights({"grid.yoked_jitter": True}) == {"grid.yoked_jitter": True}
+
+
+def test_texts_of_fingerprints_are_as_before_until_a_later_field_is_set() -> None:
+    before = "PatchGrid(patch_px=8, gap_px=3, jitter_px=1, resize=ShortSide(px=40))"
+    grid = PatchGrid(patch_px=8, gap_px=3, jitter_px=1, resize=ShortSide(px=40))
+    yoked = dataclasses.replace(grid, yoked_jitter=True)
+    assert repr(grid) == before
+    assert repr(yoked) == before.removesuffix(")") + ", yoked_jitter=True)"

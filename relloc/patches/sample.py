@@ -31,13 +31,16 @@ def sample_corners(
 ) -> Int[Tensor, "b 9 2"]:
     """Returns the top left corner (row, column) of each of the nine patches of `n_images` images.
 
-    Corners count from the top left of a crop of side `grid.span_px`. Each patch is displaced on its
-    own and on each axis, uniformly over the whole pixels of the jitter range with both ends
-    included. `generator` is the only source of randomness; the result is on its device.
+    Corners count from the top left of a crop of side `grid.span_px`. Each patch is displaced on
+    each axis, uniformly over the whole pixels of the jitter range with both ends included, and on
+    its own unless the grid's jitter is yoked. `generator` is the only source of randomness; the
+    result is on its device.
     """
     device = generator.device
     # Displacements count from the lowest corner, so they run from 0 to the width of the range.
-    shape = (n_images, CELLS, 2)
+    # Yoked, one displacement of an image is broadcast to its patches.
+    n_drawn = 1 if grid.yoked_jitter else CELLS
+    shape = (n_images, n_drawn, 2)
     n_displacements = grid.jitter_width + 1
     displacements = torch.randint(n_displacements, shape, generator=generator, device=device)
     lowest_corners = tuple(map(grid.lowest_corner, range(CELLS)))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relloc import neutral
 from relloc.checkpoints import backbone_files, states
 from relloc.checkpoints.paths import TRAINING_FOLDER, saved_trainings
 from relloc.errors import CheckpointError
@@ -97,7 +98,9 @@ def _check_same_training(
     computed = about.get("computed")
     if not isinstance(computed, Mapping) or not isinstance(about.get("model"), Mapping):
         raise CheckpointError(f"{training} does not say how it was trained")
-    now = flatten({name: config.get(name) for name in (*_PATCHES, "pretext_batch_norm")})
+    settings_now = flatten({name: config.get(name) for name in (*_PATCHES, "pretext_batch_norm")})
+    # Without those that `computed` leaves out
+    now = neutral.settings_of_weights(settings_now)
     differing = [name for name, value in now.items() if computed.get(name) != value]
     if differing:
         raise CheckpointError(

@@ -65,3 +65,13 @@ def test_a_generator_that_goes_on_gives_new_corners_and_leaves_the_global_one_al
         sample_corners(MMSELFSUP, 5, generator), sample_corners(MMSELFSUP, 5, generator)
     )
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_yoked_patches_move_together_over_the_whole_range() -> None:
+    grid = PatchGrid(patch_px=10, gap_px=4, jitter_px=(-3, 5), resize=None, yoked_jitter=True)
+    moves = moves_of(grid, 1000, seed=6)
+    assert (moves == moves[:, :1]).all()
+    assert (moves.amin(dim=0) == -3).all()
+    assert (moves.amax(dim=0) == 5).all()
+    rows, columns = moves[:, 0].double().T
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 4.5 / np.sqrt(1000)
