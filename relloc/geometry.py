@@ -8,6 +8,7 @@ other eight cells in that order: this is the class that the network predicts.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from relloc import checks
@@ -154,6 +155,10 @@ class PatchGrid:
         resize: how an image is resized before the patches are cut; None keeps its size.
         yoked_jitter: whether all patches of an image are displaced by the same jitter, as in
             Mundhenk et al. (CVPR 2018), and not each by its own.
+        scale: smallest and largest factor by which what a patch shows is enlarged, drawn uniformly.
+            A patch is then cut as a larger or smaller square around the same center, and resized to
+            `patch_px`. The gap is that between the largest such squares. None enlarges nothing.
+        yoked_scale: whether all patches of an image are enlarged by the same factor.
 
     Example:
         >>> grid = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
@@ -169,6 +174,8 @@ class PatchGrid:
     jitter_px: int | Pair | list[int]
     resize: Resize | None
     yoked_jitter: bool = False
+    scale: Sequence[float] | None = None
+    yoked_scale: bool = False
 
     def __repr__(self) -> str:
         return repr_without_defaults(self)
@@ -176,6 +183,7 @@ class PatchGrid:
     def __post_init__(self) -> None:
         checks.whole("grid.patch_px", self.patch_px)
         checks.true_or_false("grid.yoked_jitter", self.yoked_jitter)
+        self._check_scale()
         # A negative gap would make patches overlap, and shared pixels give the answer away.
         checks.whole("grid.gap_px", self.gap_px, at_least=0)
         self._check_jitter()
@@ -195,6 +203,22 @@ class PatchGrid:
         if low > high:
             raise UsageError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")
 
+    def _check_scale(self) -> None:
+        checks.true_or_false("grid.yoked_scale", self.yoked_scale)
+        if self.scale is None:
+            if self.yoked_scale:
+                raise UsageError(
+                    "grid.yoked_scale=true changes nothing while grid.scale is null: "
+                    "give grid.scale=[LOW,HIGH], such as [0.8,1.2], or leave both out"
+                )
+            return
+        checks.numbers("grid.scale", self.scale, above=0)
+        if len(self.scale) != 2 or self.scale[0] > self.scale[1]:
+            raise UsageError(
+                f"grid.scale is {self.scale}: give the smallest and the largest factor, "
+                "such as [0.8,1.2]"
+            )
+
     def _check_fits(self) -> None:
         if self.resize is None:
             return
@@ -202,7 +226,7 @@ class PatchGrid:
         # 0 means no bound: `resized` then enlarges each image that is too small.
         if 0 < shortest < self.span_px:
             parts = (
-                f"3 x {self.patch_px} px patches + 2 x {self.gap_px} px gaps + "
+                f"3 x {self.cell_px} px patches + 2 x {self.gap_px} px gaps + "
                 f"{self.jitter_width} px of jitter"
             )
             raise ValueError(
@@ -226,18 +250,27 @@ class PatchGrid:
         return high - low
 
     @property
+    def cell_px(self) -> int:
+        """The side of the largest square that is cut for a patch: `patch_px` without `scale`."""
+        if self.scale is None:
+            return self.patch_px
+        largest = self.patch_px / self.scale[0]
+        # Without the last digits of the division, so that 96 / (96 / 110) stays 110.
+        return math.ceil(round(largest, 6))
+
+    @property
     def pitch_px(self) -> int:
-        """The distance between the left sides of neighboring patches before the jitter."""
-        return self.patch_px + self.gap_px
+        """The distance between the left sides of neighboring cells before the jitter."""
+        return self.cell_px + self.gap_px
 
     @property
     def span_px(self) -> int:
         """The side of a crop: it holds the grid wherever the jitter moves its patches."""
-        patches_and_gaps = 3 * self.patch_px + 2 * self.gap_px
+        patches_and_gaps = 3 * self.cell_px + 2 * self.gap_px
         return patches_and_gaps + self.jitter_width
 
     def lowest_corner(self, cell: int) -> Pair:
-        """Returns a patch's top left corner (row, column) at the smallest displacement."""
+        """Returns a cell's top left corner (row, column) at the smallest displacement."""
         row, column = divmod(cell, 3)
         return row * self.pitch_px, column * self.pitch_px
 

@@ -65,6 +65,8 @@ _OBSERVATION = {
 # names also stand for those of groups within others, such as study.human.grid.yoked_jitter.
 _LATER: dict[str, Any] = {
     "grid.yoked_jitter": False,
+    "grid.scale": None,
+    "grid.yoked_scale": False,
 }
 
 

@@ -158,6 +158,10 @@ def test_a_grid_larger_than_its_images_does_not_exist(
         ({"jitter_px": [5, 3]}, "grid.jitter_px runs from 5 to 3"),
         ({"jitter_px": [1, 2, 3]}, r"grid.jitter_px is \[1, 2, 3\]"),
         ({"jitter_px": [1]}, r"grid.jitter_px is \[1\]"),
+        ({"scale": [1.2, 0.8]}, r"grid.scale is \[1.2, 0.8\]"),
+        ({"scale": [0.8, 1.0, 1.2]}, r"grid.scale is \[0.8, 1.0, 1.2\]"),
+        ({"scale": [0, 1.2]}, r"grid.scale is \[0, 1.2\]"),
+        ({"yoked_scale": True}, "grid.yoked_scale=true"),
     ],
 )
 def test_impossible_numbers_are_named(wrong: dict[str, object], message: str) -> None:
@@ -175,6 +179,13 @@ def test_fractions_of_a_pixel_are_refused(name: str, value: object) -> None:
     # Types are checked in tests, and refuse it first; without them PatchGrid has to.
     with pytest.raises((ValueError, TypeError), match=name.removesuffix("_px")):
         PatchGrid(**right | {name: value})  # type: ignore[arg-type]
+
+
+def test_a_cell_is_as_large_as_the_most_that_a_patch_may_show() -> None:
+    # Mundhenk et al. store patches of 110 px, resize them to 96 to 128 and show 96 of these.
+    scale = (96 / 110, 128 / 110)
+    grid = PatchGrid(patch_px=96, gap_px=5, jitter_px=0, resize=None, scale=scale)
+    assert (grid.cell_px, grid.span_px) == (110, 340)
 
 
 @pytest.mark.parametrize("px", [0, -5])

@@ -3,6 +3,7 @@
 It shows what the network is asked, and whether patches and color treatment are as intended.
 """
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -11,13 +12,13 @@ matplotlib.use("Agg")  # draws into files and needs no display
 
 import matplotlib.pyplot as plt
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from relloc.files import writing
-from relloc.geometry import CENTER
+from relloc.geometry import CENTER, PatchGrid
 from relloc.patches.pipeline import PatchPipeline
 from relloc.seeds import Use, seed_for
 
@@ -38,8 +39,12 @@ def draw_patches(
     grid = pipeline.grid
     generator = torch.Generator().manual_seed(seed_for(Use.PICTURE_PATCHES, seed))
     # Boxes and patches come from the same draw, so that the picture shows what was really cut.
-    corners, *drawn = pipeline.draw(len(images), generator)
-    patches = pipeline.make(images, corners, *drawn)
+    drawn = pipeline.draw(len(images), generator)
+    patches = pipeline.make(images, *drawn)
+    corners = drawn[0]
+    sides = torch.full(corners.shape[:2], grid.patch_px)
+    if grid.scale is not None:
+        sides = grid.patch_px / drawn[1]
 
     n_columns = len(images)
     figure, axes = plt.subplots(
@@ -52,8 +57,10 @@ def draw_patches(
     for column, image in enumerate(images):
         upper, lower = axes[:, column]
         upper.imshow(image.permute(1, 2, 0).numpy())
-        _draw_boxes(upper, corners[column], grid.patch_px)
-        mosaic = _mosaic(patches[column], corners[column], grid.span_px)
+        # Each box lies in the middle of its cell.
+        tops_lefts = corners[column] + (grid.cell_px - sides[column, :, None]) / 2
+        _draw_boxes(upper, tops_lefts, sides[column])
+        mosaic = _mosaic(patches[column], corners[column], grid)
         lower.imshow(mosaic.numpy())
         upper.set_axis_off()
         lower.set_axis_off()
@@ -65,13 +72,14 @@ def draw_patches(
     plt.close(figure)
 
 
-def _draw_boxes(axis: Axes, corners: Int[Tensor, "9 2"], patch_px: int) -> None:
-    for cell, (top, left) in enumerate(corners.tolist()):
+def _draw_boxes(axis: Axes, tops_lefts: Float[Tensor, "9 2"], sides: Num[Tensor, "9"]) -> None:
+    boxes = zip(tops_lefts.tolist(), sides.tolist(), strict=True)
+    for cell, ((top, left), side) in enumerate(boxes):
         color = "red" if cell == CENTER else "white"
         box = Rectangle(
             (left, top),
-            width=patch_px,
-            height=patch_px,
+            width=side,
+            height=side,
             fill=False,
             edgecolor=color,
             linewidth=1.2,
@@ -80,15 +88,20 @@ def _draw_boxes(axis: Axes, corners: Int[Tensor, "9 2"], patch_px: int) -> None:
 
 
 def _mosaic(
-    patches: Float[Tensor, "9 3 p p"], corners: Int[Tensor, "9 2"], span_px: int
+    patches: Float[Tensor, "9 3 p p"], corners: Int[Tensor, "9 2"], grid: PatchGrid
 ) -> Float[Tensor, "span span 3"]:
-    """Puts the patches of an image at their corners on a white canvas, stretched to 0..1."""
+    """Puts the patches of an image at their corners on a white canvas, stretched to 0..1.
+
+    Where patches are cut at several sizes, the canvas is scaled so that they fill their cells.
+    """
     low = patches.amin()
     value_range = patches.amax() - low
     # A flat image would divide by zero.
     stretched = (patches - low) / value_range.clamp(min=1e-6)
-    canvas = torch.ones(span_px, span_px, 3)
-    side = patches.shape[-1]
+    side = grid.patch_px
+    canvas_px = math.ceil(grid.span_px * side / grid.cell_px)
+    corners = corners * side // grid.cell_px
+    canvas = torch.ones(canvas_px, canvas_px, 3)
     for patch, (top, left) in zip(stretched, corners.tolist(), strict=True):
         rows = slice(top, top + side)
         columns = slice(left, left + side)

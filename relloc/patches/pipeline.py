@@ -10,8 +10,8 @@ from torch import Tensor
 
 from relloc.geometry import CELLS, PatchGrid
 from relloc.patches.color import Drawn
-from relloc.patches.cut import cut
-from relloc.patches.sample import sample_corners
+from relloc.patches.cut import cut_patches
+from relloc.patches.sample import sample_places
 
 Images = UInt8[Tensor, "b 3 s s"]  # s: the grid's span_px
 Patches = Float[Tensor, "b 9 3 p p"]  # in the grid's row-by-row order
@@ -58,11 +58,12 @@ class PatchPipeline:
     def draw(self, n_images: int, generator: torch.Generator) -> Drawn:
         """Returns the random numbers for `n_images` images, made by `generator` alone.
 
-        The first tensor is the corners of the patches (b 9 2); the color treatment's own follow.
+        The first tensor is the corners of the grid's cells (b 9 2). Where the grid has a scale, the
+        factors of the patches follow (b 9), and then what the color treatment draws.
         """
-        corners = sample_corners(self.grid, n_images, generator)
+        places = sample_places(self.grid, n_images, generator)
         for_color = self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
-        return corners, *for_color
+        return *places, *for_color
 
     def make(
         self,
@@ -103,9 +104,12 @@ class PatchPipeline:
         if side_px != self.grid.span_px:
             raise ValueError(f"images are {side_px} px, the grid spans {self.grid.span_px} px")
 
-    def _make_unchecked(self, images: Images, corners: Tensor, *drawn: Tensor) -> Patches:
-        patches = cut(images, corners, self.grid.patch_px).float()
-        return self.normalize(self.color(patches, *drawn))
+    def _make_unchecked(self, images: Images, *drawn: Tensor) -> Patches:
+        n_places = 1 if self.grid.scale is None else 2
+        places = drawn[:n_places]
+        for_color = drawn[n_places:]
+        patches = cut_patches(images, self.grid, *places)
+        return self.normalize(self.color(patches, *for_color))
 
     def __call__(self, images: Images, generator: torch.Generator) -> Patches:
         """Returns the patches of `images`, with random numbers drawn from `generator`."""

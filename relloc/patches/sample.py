@@ -1,12 +1,13 @@
-"""Samples the positions of the nine patches of each image: a regular grid plus random jitter.
+"""Samples where the nine patches of each image lie: a regular grid plus random jitter and scale.
 
 They lie within a square crop of the image, whose own position `relloc.data.crops` draws before.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from relloc.geometry import CELLS, PatchGrid
@@ -24,12 +25,28 @@ def _corners_on(
     return torch.tensor(corners, device=device)
 
 
+def sample_places(
+    grid: PatchGrid,
+    n_images: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, ...]:
+    """Returns where the patches of `n_images` images lie, as `cut_patches` takes it.
+
+    These are the corners (b 9 2) and, of a grid with a scale, the factors of each patch (b 9).
+    """
+    corners = sample_corners(grid, n_images, generator)
+    if grid.scale is None:
+        return (corners,)
+    # After the corners: the order is part of what the seed decides.
+    return corners, _sample_scales(grid.scale, grid.yoked_scale, n_images, generator)
+
+
 def sample_corners(
     grid: PatchGrid,
     n_images: int,
     generator: torch.Generator,
 ) -> Int[Tensor, "b 9 2"]:
-    """Returns the top left corner (row, column) of each of the nine patches of `n_images` images.
+    """Returns the top left corner (row, column) of each of the nine cells of `n_images` images.
 
     Corners count from the top left of a crop of side `grid.span_px`. Each patch is displaced on
     each axis, uniformly over the whole pixels of the jitter range with both ends included, and on
@@ -45,3 +62,17 @@ def sample_corners(
     displacements = torch.randint(n_displacements, shape, generator=generator, device=device)
     lowest_corners = tuple(map(grid.lowest_corner, range(CELLS)))
     return _corners_on(lowest_corners, device) + displacements
+
+
+def _sample_scales(
+    scale: Sequence[float],
+    yoked: bool,
+    n_images: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "b 9"]:
+    """Returns by which factor each patch is enlarged, uniform over the range `scale`."""
+    low, high = scale
+    n_drawn = 1 if yoked else CELLS
+    u = torch.rand((n_images, n_drawn), generator=generator, device=generator.device)
+    factors = low + (high - low) * u
+    return factors.expand(n_images, CELLS)

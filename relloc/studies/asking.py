@@ -100,7 +100,8 @@ class Answers:
         logits: of each pair and label; the right label of pair i is i.
         images: the number of the image of each grid.
         pair_boxes: the box around both patches of each pair.
-        patch_sides: height and width of a patch, in pixels of the stored image.
+        patch_sides: height and width of a patch, in pixels of the stored image; the largest, where
+            patches are cut at several sizes.
     """
 
     logits: Logits
@@ -237,14 +238,14 @@ def _asked(sample: ImageGrids, corners: Int64[np.ndarray, "n 9 2"], grid: PatchG
     in_resized = sample.tops_lefts[:, None] + corners
     return _Asked(
         images=np.full(len(corners), sample.index, dtype=np.int64),
-        pair_boxes=_pair_boxes(in_resized, grid.patch_px, sample.scales),
-        patch_sides=grid.patch_px * sample.scales,
+        pair_boxes=_pair_boxes(in_resized, grid.cell_px, sample.scales),
+        patch_sides=grid.cell_px * sample.scales,
     )
 
 
 def _pair_boxes(
     corners: Int64[np.ndarray, "n 9 2"],
-    patch_px: int,
+    cell_px: int,
     scales: Float64[np.ndarray, "n 2"],
 ) -> PairBoxes:
     """Returns the box around each neighbor and the center.
@@ -254,7 +255,7 @@ def _pair_boxes(
     centers = corners[:, CENTER, None]
     neighbors = corners[:, list(NEIGHBORS)]
     tops_lefts = np.minimum(centers, neighbors) * scales[:, None]
-    ends = (np.maximum(centers, neighbors) + patch_px) * scales[:, None]
+    ends = (np.maximum(centers, neighbors) + cell_px) * scales[:, None]
     # (row, column) to (x, y)
     return np.concatenate([tops_lefts[..., ::-1], ends[..., ::-1]], axis=2)
 

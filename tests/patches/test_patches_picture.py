@@ -50,8 +50,30 @@ def test_the_boxes_shown_are_those_that_the_patches_were_cut_from(
         ] == [CENTER]
         expected = np.ones((33, 33, 3))
         for box in boxes:
-            left, top = box.get_xy()
+            left, top = map(int, box.get_xy())
             rows, columns = slice(top, top + box.get_height()), slice(left, left + box.get_width())
             expected[rows, columns] = image[:, rows, columns].permute(1, 2, 0) / 255
         assert np.allclose(mosaic, expected, atol=0.02)  # stretched to the range of the patches
+    plt.close("all")
+
+
+def test_boxes_of_scaled_patches_are_those_that_they_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = PatchGrid(patch_px=8, gap_px=1, jitter_px=0, resize=None, scale=(2, 2))
+    assert grid.span_px == 3 * 4 + 2
+    # Twice as large, a patch of 8 px shows 4: its whole cell.
+    halves = torch.zeros(1, 3, 14, 14, dtype=torch.uint8)
+    halves[..., 5:9, 5:9] = 255
+    monkeypatch.setattr(picture.plt, "close", lambda figure: None)
+    untouched = PatchPipeline(grid=grid, color=Keep(), normalize=lambda pixels: pixels)
+    draw_patches(halves, untouched, tmp_path / "patches.png", seed=3)
+    upper, lower = plt.gcf().axes
+    monkeypatch.undo()
+    center = upper.patches[CENTER]
+    assert (*center.get_xy(), center.get_width(), center.get_height()) == (5, 5, 4, 4)
+    shown = np.asarray(lower.images[0].get_array())
+    assert shown.shape == (28, 28, 3)
+    assert (shown[10:18, 10:18] == 1).all()
+    assert (shown[:8, :8] == 0).all()
     plt.close("all")

@@ -1,3 +1,6 @@
+import dataclasses
+from typing import Any
+
 import jaxtyping
 import pytest
 import torch
@@ -16,8 +19,17 @@ IMAGES = torch.randint(
 )
 
 
+# What may be random of patches beside their jitter and colors
+CHANGES: list[dict[str, Any]] = [{}, {"scale": (0.8, 1.1)}]
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def pipeline_of(gap_px: int = 3, **of_grid: Any) -> PatchPipeline:
+    grid = dataclasses.replace(GRID, gap_px=gap_px, **of_grid)
+    return PatchPipeline(grid=grid, color=Drop(noise="gaussian"), normalize=ByDataset())
 
 
 def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
@@ -31,11 +43,24 @@ def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
     )
 
 
-def test_the_generator_decides_everything() -> None:
-    pipeline = PatchPipeline(grid=GRID, color=Drop(noise="gaussian"), normalize=ByDataset())
-    first, again, other = (pipeline(IMAGES, seeded(seed)) for seed in (2, 2, 3))
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "none")
+def test_the_generator_decides_everything(changes: dict[str, Any]) -> None:
+    pipeline = pipeline_of(**changes)
+    side = pipeline.grid.span_px
+    images = torch.randint(256, (6, 3, side, side), dtype=torch.uint8, generator=seeded(0))
+    first, again, other = (pipeline(images, seeded(seed)) for seed in (2, 2, 3))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_scaled_patches_show_the_middle_of_their_cells() -> None:
+    grid = dataclasses.replace(GRID, jitter_px=0, scale=(8 / 12, 1))
+    untouched = PatchPipeline(grid=grid, color=Keep(), normalize=lambda pixels: pixels)
+    assert grid.span_px == 3 * 12 + 2 * 3
+    images = torch.randint(256, (6, 3, 42, 42), dtype=torch.uint8, generator=seeded(0))
+    corners, scales = untouched.draw(6, seeded(0))
+    patches = untouched.make(images, corners, torch.ones_like(scales))
+    torch.testing.assert_close(patches, cut(images, corners + 2, 8).float())
 
 
 @pytest.mark.parametrize("side", [32, 34])
@@ -48,7 +73,9 @@ def test_images_of_another_size_than_the_span_are_refused(side: int) -> None:
             make(images, *drawn)
 
 
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "none")
 def test_compiled_patches_are_those_of_make_and_one_graph_serves_two_gaps(
+    changes: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Checks of shapes, which only tests make, can't be compiled.
@@ -57,10 +84,9 @@ def test_compiled_patches_are_those_of_make_and_one_graph_serves_two_gaps(
     drawn_images = torch.Generator().manual_seed(0)
     torch.compiler.reset()
     for gap_px in (3, 5):
-        grid = PatchGrid(patch_px=8, gap_px=gap_px, jitter_px=(0, 3), resize=None)
-        shape = (6, 3, grid.span_px, grid.span_px)
+        pipeline = pipeline_of(gap_px, **changes)
+        shape = (6, 3, pipeline.grid.span_px, pipeline.grid.span_px)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=drawn_images)
-        pipeline = PatchPipeline(grid=grid, color=Drop(noise="gaussian"), normalize=ByDataset())
         drawn = pipeline.draw(len(images), seeded(4))
         make = pipeline.compiled(lambda function: torch.compile(function, backend=counter))
         torch.testing.assert_close(make(images, *drawn), pipeline.make(images, *drawn))

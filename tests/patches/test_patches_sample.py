@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from relloc.geometry import CELLS, PatchGrid
-from relloc.patches.sample import sample_corners
+from relloc.patches.sample import sample_corners, sample_places
 
 MMSELFSUP = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=None)
 N = 10_000
@@ -75,3 +77,22 @@ def test_yoked_patches_move_together_over_the_whole_range() -> None:
     assert (moves.amax(dim=0) == 5).all()
     rows, columns = moves[:, 0].double().T
     assert abs(np.corrcoef(rows, columns)[0, 1]) < 4.5 / np.sqrt(1000)
+
+
+@pytest.mark.parametrize("yoked", [False, True])
+def test_scales_are_uniform_over_their_range_and_yoked_those_of_an_image_are_equal(
+    yoked: bool,
+) -> None:
+    jittered = PatchGrid(patch_px=10, gap_px=4, jitter_px=2, resize=None)
+    grid = dataclasses.replace(jittered, scale=(0.8, 1.25), yoked_scale=yoked)
+    corners, scales = sample_places(grid, 2000, torch.Generator().manual_seed(7))
+    assert scales.shape == (2000, 9)
+    assert (scales == scales[:, :1]).all() == yoked
+    uniform = stats.uniform(loc=0.8, scale=0.45)
+    assert stats.kstest(scales[:, 4].numpy(), uniform.cdf).pvalue > 0.001
+    # A patch of 10 px shows up to 12.5, so that cells are 13 px apart from their gap.
+    assert (grid.cell_px, grid.pitch_px, grid.span_px) == (13, 17, 51)
+    assert corners.amax() + 13 == 51
+    [alone] = sample_places(jittered, 2000, torch.Generator().manual_seed(7))
+    pitches = torch.tensor([[cell // 3, cell % 3] for cell in range(CELLS)]) * 3
+    assert torch.equal(corners, alone + pitches)  # jitter is the same with and without a scale

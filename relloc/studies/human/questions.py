@@ -19,9 +19,9 @@ from relloc.errors import DataError
 from relloc.evaluation.contract import PretextModel
 from relloc.features.source import EncodeConfig
 from relloc.geometry import CELLS, CENTER, NEIGHBORS, PatchGrid
-from relloc.patches.cut import cut
+from relloc.patches.cut import cut_patches
 from relloc.patches.pipeline import Color
-from relloc.patches.sample import sample_corners
+from relloc.patches.sample import sample_places
 from relloc.seeds import Use, seed_for
 from relloc.studies.asking import ImageGrids, ReadGrids, network_logits
 
@@ -112,19 +112,23 @@ def _question(
 ) -> Question:
     """Cuts the patches of a question, and treats the colors of those that the person sees."""
     generator = torch.Generator().manual_seed(seed_for(Use.PERSON_PATCHES, seed, number))
-    corners = sample_corners(grid, 1, generator)
+    places = sample_places(grid, 1, generator)
     crop = torch.from_numpy(sample.crops).permute(0, 3, 1, 2)
-    patches = cut(crop, corners, grid.patch_px)
+    patches = cut_patches(crop, grid, *places)
     drawn = color.draw(1, CELLS, grid.patch_px, generator)
-    shown = color(patches.float(), *drawn).clamp(0, 255).round().to(torch.uint8)
+    shown = color(patches, *drawn)
     rng = random.Random(seed_for(Use.PERSON_LABEL, seed, number))
     return Question(
         number=number,
         label=rng.randrange(len(NEIGHBORS)),
         source=source,
-        patches=patches[0],
-        shown=shown[0],
+        patches=_as_bytes(patches[0]),
+        shown=_as_bytes(shown[0]),
     )
+
+
+def _as_bytes(patches: Float[Tensor, "9 3 p p"]) -> UInt8[Tensor, "9 3 p p"]:
+    return patches.clamp(0, 255).round().to(torch.uint8)
 
 
 def _image_of(number: int, n_images: int, seed: int) -> int:

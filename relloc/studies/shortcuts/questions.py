@@ -356,7 +356,9 @@ def _with_gap(patches: PatchPipeline, gap_px: int) -> PatchPipeline:
 def _close(grid: PatchGrid, gap_px: int) -> PatchGrid:
     # It may span more than images are resized to. Its patches are cut out of squares that are
     # large enough already (see `Strengths.margin_px`), so it resizes nothing.
-    return dataclasses.replace(grid, gap_px=gap_px, jitter_px=0, resize=None)
+    # Patches of one size, between which there is the gap that is asked about
+    unscaled = dataclasses.replace(grid, scale=None, yoked_scale=False, resize=None)
+    return dataclasses.replace(unscaled, gap_px=gap_px, jitter_px=0)
 
 
 def _small_gap(grid: PatchGrid) -> int:
