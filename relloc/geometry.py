@@ -45,6 +45,29 @@ def opposite(label: int) -> int:
     return n_labels - 1 - label
 
 
+def check_jitter(setting: str, jitter_px: int | Pair | list[int]) -> None:
+    """Raises `UsageError` unless the value of a setting is a jitter, as `PatchGrid` takes it."""
+    if isinstance(jitter_px, list | tuple):
+        checks.wholes(setting, jitter_px, at_least=-math.inf)
+        if len(jitter_px) != 2:
+            raise UsageError(
+                f"{setting} is {jitter_px}: "
+                "give one number J, or two as [low, high], in whole pixels"
+            )
+    else:
+        checks.whole(setting, jitter_px, at_least=0)
+    low, high = _jitter_range(jitter_px)
+    if low > high:
+        raise UsageError(f"{setting} runs from {low} to {high}: low must not exceed high")
+
+
+def _jitter_range(jitter_px: int | Pair | list[int]) -> Pair:
+    if isinstance(jitter_px, int):
+        return -jitter_px, jitter_px
+    low, high = jitter_px
+    return low, high
+
+
 @runtime_checkable
 class Resize(Protocol):
     """A rule for the size that an image is brought to before patches are cut from it."""
@@ -186,22 +209,8 @@ class PatchGrid:
         self._check_scale()
         # A negative gap would make patches overlap, and shared pixels give the answer away.
         checks.whole("grid.gap_px", self.gap_px, at_least=0)
-        self._check_jitter()
+        check_jitter("grid.jitter_px", self.jitter_px)
         self._check_fits()
-
-    def _check_jitter(self) -> None:
-        if isinstance(self.jitter_px, list | tuple):
-            checks.wholes("grid.jitter_px", self.jitter_px, at_least=-math.inf)
-            if len(self.jitter_px) != 2:
-                raise UsageError(
-                    f"grid.jitter_px is {self.jitter_px}: "
-                    "give one number J, or two as [low, high], in whole pixels"
-                )
-        else:
-            checks.whole("grid.jitter_px", self.jitter_px, at_least=0)
-        low, high = self.jitter_range
-        if low > high:
-            raise UsageError(f"grid.jitter_px runs from {low} to {high}: low must not exceed high")
 
     def _check_scale(self) -> None:
         checks.true_or_false("grid.yoked_scale", self.yoked_scale)
@@ -229,7 +238,7 @@ class PatchGrid:
                 f"3 x {self.cell_px} px patches + 2 x {self.gap_px} px gaps + "
                 f"{self.jitter_width} px of jitter"
             )
-            raise ValueError(
+            raise UsageError(
                 f"the grid needs {self.span_px} px ({parts}), "
                 f"but images are resized to a side of {shortest} px: "
                 f"set grid.resize.px to {self.span_px} or more, or make the grid smaller"
@@ -238,10 +247,7 @@ class PatchGrid:
     @property
     def jitter_range(self) -> Pair:
         """The smallest and the largest displacement of a patch, both included."""
-        if isinstance(self.jitter_px, int):
-            return -self.jitter_px, self.jitter_px
-        low, high = self.jitter_px
-        return low, high
+        return _jitter_range(self.jitter_px)
 
     @property
     def jitter_width(self) -> int:

@@ -49,7 +49,8 @@ class Task:
         network: `model`, or its compiled form; gives logits.
         optimizer: holds the initial learning rates, which `schedule` multiplies.
         schedule: number of epochs and course of the learning rate.
-        draw: makes the random numbers for the patches of a number of images.
+        draw: makes the random numbers for the patches of a number of images, given a generator and
+            the share of the training's steps that is done.
         make: makes patches from images and what `draw` returned; may be compiled.
         steps_per_epoch: optimizer steps in an epoch.
         accumulation: forwards of this process in each optimizer step, whose gradients are added.
@@ -65,7 +66,7 @@ class Task:
     network: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    draw: Callable[[int, torch.Generator], tuple[Tensor, ...]]
+    draw: Callable[[int, torch.Generator, float], tuple[Tensor, ...]]
     make: Callable[..., Tensor]
     steps_per_epoch: int
     accumulation: int
@@ -209,12 +210,13 @@ def _draw(
     # Ghost batches are counted over all forwards of all ranks, in the order of the images.
     forwards_before = ranks.rank() * task.accumulation + forward_index
     first = forwards_before * n_ghosts
+    share = step / task.steps
     generator = torch.Generator(task.device)
     drawn_of_ghosts = []
     masks = []
     for ghost_index in range(first, first + n_ghosts):
         generator.manual_seed(task.seed_of(step, ghost_index))
-        drawn_of_ghosts.append(task.draw(ghost_size, generator))
+        drawn_of_ghosts.append(task.draw(ghost_size, generator, share))
         # After the patches' numbers: the order is part of what the seed decides.
         mask = task.model.head.draw_dropout_mask(ghost_size, generator)  # pyright: ignore[reportCallIssue]
         masks.append(mask)

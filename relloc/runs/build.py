@@ -26,6 +26,7 @@ from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
+from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.runs.command_settings import Evaluating, Model, MonitorSettings, Preparing, Pretraining
@@ -56,9 +57,7 @@ def pretraining(config: DictConfig) -> Pretraining:
     settings = Pretraining(
         **_shared(config, given),
         model=_model(given["model"]),
-        patches=PatchPipeline(
-            **{name: call(name, given[name]) for name in ("grid", "color", "normalize")}
-        ),
+        training_patches=_training_patches(given),
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
         # Made later, when the network exists whose weights it updates
@@ -209,6 +208,14 @@ def _data_set(setting: str, node: Mapping[str, Any]) -> DataSet:
         source=node["source"],
         list_images=functools.partial(call, f"{setting}.source", node["source"]),
     )
+
+
+def _training_patches(given: Mapping[str, Any]) -> TrainingPatches:
+    patches = PatchPipeline(
+        **{name: call(name, given[name]) for name in ("grid", "color", "normalize")}
+    )
+    curriculum = call("curriculum", given["curriculum"]) if given.get("curriculum") else None
+    return TrainingPatches(patches=patches, curriculum=curriculum)
 
 
 def _model(node: Mapping[str, Any]) -> Model:

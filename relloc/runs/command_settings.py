@@ -16,6 +16,7 @@ from relloc.data.order import StepPlan
 from relloc.data.packing import Packing
 from relloc.errors import UsageError
 from relloc.models.backbone import Backbone
+from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.relative_location import RelativeLocation
 from relloc.pretext.schedule import Schedule
@@ -74,7 +75,7 @@ class Pretraining(RunSettings):
     """
 
     model: Model
-    patches: PatchPipeline
+    training_patches: TrainingPatches
     schedule: Schedule
     recipe_epochs: float
     make_optimizer: Callable[..., torch.optim.Optimizer]
@@ -111,6 +112,11 @@ class Pretraining(RunSettings):
     @property
     def needs_own_data(self) -> bool:
         return True
+
+    @property
+    def patches(self) -> PatchPipeline:
+        """Makes patches as at the end of the training, with which the network is evaluated."""
+        return self.training_patches.patches
 
     @property
     def about(self) -> dict[str, Any]:

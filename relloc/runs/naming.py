@@ -32,7 +32,7 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
     """Returns the name of a pretraining run, such as `gap21 jit0..21 70ep in1k r50 s0 gray`.
 
     That is a gap of 21 px, a jitter from 0 to 21 px, 70 epochs on ImageNet-1k, a ResNet-50, seed 0
-    and gray patches. `color` is the member of conf/color.
+    and gray patches. `color` is the member of conf/color. What else is done to patches follows.
     """
     grid = settings.patches.grid
     jitter = str(grid.jitter_px)
@@ -47,7 +47,20 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
         f"s{settings.seed}",
         color,
     )
-    return " ".join(words)
+    return " ".join([*words, *_more_of_patches(settings)])
+
+
+def _more_of_patches(settings: Pretraining) -> list[str]:
+    """Returns words for what is done to patches only where a setting asks for it."""
+    grid = settings.patches.grid
+    words = []
+    if grid.yoked_jitter:
+        words.append("yoked_jitter")
+    if grid.scale is not None:
+        words.append("scaled")
+    if settings.training_patches.curriculum is not None:
+        words.append("curriculum")
+    return words
 
 
 def evaluation_name(

@@ -302,14 +302,14 @@ def make_task(
     # The network is placed first, so that the optimizer's state lies on the same device.
     model = settings.network(one_pass=engine.compiled)
     engine.place(model)
-    patches = settings.patches
+    patches = settings.training_patches
     return Task(
         model=model,
         network=engine.compile(model),
         optimizer=settings.make_optimizer(model=model),
         schedule=settings.schedule,
         draw=patches.draw,
-        make=patches.compiled(engine.compile) if engine.compiled else patches.make,
+        make=patches.maker(engine.compile if engine.compiled else None),
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
         seed_of=lambda step, ghost: seed_for(Use.PATCHES, settings.seed, step, ghost),

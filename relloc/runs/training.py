@@ -176,7 +176,7 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
     plan = training.plan
     seed = training.settings.seed
     device = training.engine.device
-    grid = training.settings.patches.grid
+    grid = training.settings.training_patches.grid
     crops = Crops(training.data.train, grid, use=Use.CROP, seed=seed, centered=False)
     # The order of images follows from the seed and the step alone: a resumed run sees the same.
     sampler = StepSampler(

@@ -47,6 +47,7 @@ GROUPS = (
     "grid",
     "color",
     "normalize",
+    "curriculum",
     "optimizer",
     "schedule",
     "tracking",
@@ -68,6 +69,7 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("probe") == ["folder", "in1k", "inat18", "photos", "places205"]
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
+    assert members("curriculum") == ["linear"]
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]

@@ -15,6 +15,7 @@ from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
 from relloc.optimization import StepsDone
 from relloc.patches.color import Drop, Keep
+from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext import relative_location
@@ -70,7 +71,7 @@ def random_task(
         network=model,
         optimizer=optimizer,
         schedule=WARM,
-        draw=PIPELINE.draw,
+        draw=TrainingPatches(patches=PIPELINE).draw,
         make=PIPELINE.make,
         steps_per_epoch=2,
         accumulation=1,
@@ -140,7 +141,7 @@ def plain_task(
         network=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         schedule=schedule,
-        draw=pipeline.draw,
+        draw=TrainingPatches(patches=pipeline).draw,
         make=pipeline.make,
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
@@ -254,7 +255,7 @@ def test_a_step_moves_every_weight_by_rate_times_gradient() -> None:
 
 
 def patches_of(task: Task, images: Tensor) -> Tensor:
-    return task.make(images, *task.draw(len(images), torch.Generator()))
+    return task.make(images, *task.draw(len(images), torch.Generator(), 0))
 
 
 def means_by_hand(task: Task, batches: Sequence[Tensor]) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from relloc.geometry import PatchGrid
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
 from relloc.patches.color import Drop
+from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.loop import Task, train
@@ -58,7 +59,7 @@ def trained(rank, world):
         optimizer=sgd(model, lr=0.1, lr_images_per_step=12, images_per_step=12, momentum=0.9,
                       weight_decay=1e-4, head_weight_decay=5e-4),
         schedule=Step(epochs=2, warmup_epochs=1, warmup_from=0.1, milestone_epochs=[], gamma=0.1),
-        draw=pipeline.draw,
+        draw=TrainingPatches(patches=pipeline).draw,
         make=lambda *given: pipeline.make(*given).double(),
         steps_per_epoch=STEPS // 2,
         accumulation=FORWARDS // world,

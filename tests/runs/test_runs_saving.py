@@ -26,6 +26,7 @@ from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
 from relloc.optimization import StepsDone
 from relloc.patches.color import Keep
+from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.alarm import Diverged
@@ -66,7 +67,7 @@ def new_task(*, seed: int = 0, epochs: float = 3, steps_per_epoch: int = 4) -> T
         network=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         schedule=Constant(epochs=epochs),
-        draw=pipeline.draw,
+        draw=TrainingPatches(patches=pipeline).draw,
         make=pipeline.make,
         steps_per_epoch=steps_per_epoch,
         accumulation=1,

@@ -33,10 +33,17 @@ WORDS = (
 )
 
 
+CURRICULUM = ("curriculum=linear", "curriculum.gap_px=0", "curriculum.treated=0.5")
+
+
+def composed(*words: str) -> Pretraining:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return build.pretraining(compose("train", [*WORDS, *words]))
+
+
 @pytest.fixture(scope="module")
 def settings() -> Pretraining:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return build.pretraining(compose("train", list(WORDS)))
+    return composed()
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +76,11 @@ def prepared(settings: Pretraining, data: Splits, run_dir: Path, stop: StopReque
     )
 
 
+@pytest.mark.parametrize("words", [(), CURRICULUM], ids=["plain", "curriculum"])
 def test_stopped_after_each_step_it_ends_as_if_never_stopped(
-    settings: Pretraining, data: Splits, tmp_path: Path, stop: StopRequest
+    words: tuple[str, ...], data: Splits, tmp_path: Path, stop: StopRequest
 ) -> None:
+    settings = composed(*words)
     whole = prepared(settings, data, tmp_path / "whole", stop)
     train_to_the_end(whole, whole.task.start(), None)
     expected = whole.task.model.state_dict()
