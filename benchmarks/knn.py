@@ -107,15 +107,22 @@ def _options() -> argparse.Namespace:
 
 def _drawn(options: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
-    bank = torch.empty(options.bank, options.dim, device="cpu" if options.bank_on_cpu else device)
-    for part in bank.split(2**16):
-        part.copy_(torch.randn(part.shape, device=device, generator=generator))
-    queries = torch.randn(options.queries, options.dim, device=device, generator=generator)
-    if options.relu:
-        bank.relu_()
-        queries.relu_()
+    kept_on = torch.device("cpu") if options.bank_on_cpu else device
+    bank = random_rows(options.bank, options.dim, generator, kept_on, relu=options.relu)
+    queries = random_rows(options.queries, options.dim, generator, device, relu=options.relu)
     labels = torch.randint(options.classes, (options.bank,), device=device, generator=generator)
     return queries, bank, labels.cpu()
+
+
+def random_rows(
+    n: int, dim: int, generator: torch.Generator, kept_on: torch.device, *, relu: bool
+) -> Tensor:
+    """Normal vectors (n dim), drawn on the generator's device; with `relu` none is below zero."""
+    rows = torch.empty(n, dim, device=kept_on)
+    # In parts, so that a bank in the CPU's memory needs no second copy on the device.
+    for part in rows.split(2**16):
+        part.copy_(torch.randn(part.shape, device=generator.device, generator=generator))
+    return rows.relu_() if relu else rows
 
 
 def _published(

@@ -121,7 +121,7 @@ def tell(
         console.print(f"{name}: [bold]{ratio:.2f}[/bold]")
     machine = ", ".join([*about["gpus"], f"{about['cores']} cores of {about['cpu']}"])
     console.print(
-        f"{machine}; torch {about['torch']}, commit {about['commit']}, "
+        f"{machine}; {about['date'][:10]}, torch {about['torch']}, commit {about['commit']}, "
         f"load before {about['load_before']}"
     )
     if json_path:

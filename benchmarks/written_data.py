@@ -1,4 +1,4 @@
-"""Writes small data sets in the layouts of PASCAL VOC, COCO and Cityscapes, for benchmarks.
+"""Writes photographs, and small data sets laid out as PASCAL VOC, COCO and Cityscapes.
 
 Images are cut from the photographs that scikit-image ships, at random places and scales, and have
 the sizes of the real ones. Objects are ellipses at random places: as many an image as in the real
@@ -67,9 +67,20 @@ class _Ellipse:
         return rows[:, None] ** 2 + columns[None] ** 2 < 1
 
 
-def write_voc(root: Path, n_images: int) -> None:
-    """Writes VOC2007 and VOC2012 with boxes and class maps: n_images to train on, 8 to test on."""
-    names = [f"{number:06d}" for number in range(n_images + 8)]
+def write_photographs(folder: Path, n_images: int) -> None:
+    """Writes JPEGs of 500 x 375 px, the most frequent size in ImageNet, upright ones among them."""
+
+    def write(number: int) -> None:
+        rng = np.random.default_rng(number)
+        height, width = _size(rng, 375, 500)
+        _save(_photograph(rng, height, width), folder / f"{number:06d}.jpg")
+
+    _in_threads(write, n_images)
+
+
+def write_voc(root: Path, n_images: int, n_tested: int = 8) -> None:
+    """Writes VOC2007 and VOC2012 with boxes and class maps, so many to train on and to test on."""
+    names = [f"{number:06d}" for number in range(n_images + n_tested)]
     trained, tested = names[:n_images], names[n_images:]
     lists = {
         ("VOC2007", "Main", "trainval"): trained[::2],
@@ -102,12 +113,12 @@ def write_voc(root: Path, n_images: int) -> None:
     _in_threads(write, len(names))
 
 
-def write_voc_with_proposals(root: Path, n_images: int) -> None:
+def write_voc_with_proposals(root: Path, n_images: int, n_tested: int = 8) -> None:
     """Writes what `write_voc` writes, and random proposals of the images of VOC2007.
 
     They lie in root/proposals, as the files of fast-rcnn's selective_search_data.tgz have them.
     """
-    write_voc(root, n_images)
+    write_voc(root, n_images, n_tested)
     folder = root / "proposals"
     folder.mkdir()
     for split in ("trainval", "test"):
@@ -128,11 +139,11 @@ def write_voc_with_proposals(root: Path, n_images: int) -> None:
         savemat(folder / f"voc_2007_{split}.mat", content, do_compression=True)
 
 
-def write_coco(root: Path, n_images: int) -> None:
-    """Writes train2017 of n_images, and val2017 of 8, with boxes and polygons."""
+def write_coco(root: Path, n_images: int, n_tested: int = 8) -> None:
+    """Writes train2017 of n_images, and val2017 of n_tested, with boxes and polygons."""
     for split, numbers in (
         ("train2017", range(n_images)),
-        ("val2017", range(n_images, n_images + 8)),
+        ("val2017", range(n_images, n_images + n_tested)),
     ):
         images, annotations = [], []
         for number in numbers:
@@ -170,8 +181,8 @@ def _coco_annotation(each: _Ellipse, image: int, number: int) -> dict[str, Any]:
     }
 
 
-def write_cityscapes(root: Path, n_images: int) -> None:
-    """Writes n_images of 2,048 x 1,024 px to train on, and 2 to test on, as PNG like the real."""
+def write_cityscapes(root: Path, n_images: int, n_tested: int = 2) -> None:
+    """Writes n_images to train on and n_tested to test on, PNGs of 2,048 x 1,024 px as the real."""
     height, width = 1024, 2048
 
     def write(number: int) -> None:
@@ -188,7 +199,7 @@ def write_cityscapes(root: Path, n_images: int) -> None:
         mask = root / "gtFine" / split / "town" / f"{stem}_gtFine_labelTrainIds.png"
         _save(class_map, mask)
 
-    _in_threads(write, n_images + 2)
+    _in_threads(write, n_images + n_tested)
 
 
 def _size(rng: np.random.Generator, short: int, long: int) -> tuple[int, int]:

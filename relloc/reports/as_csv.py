@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from relloc.reports.compare import MARK_WORDS, ReportEntry
+from relloc.reports.hours import measured_hours
 from relloc.reports.published import CARD_GROUP, Published, part_with, published_variant
 from relloc.reports.table import Report
 from relloc.results import Result
@@ -24,7 +25,7 @@ COLUMNS = (
     # How it compares
     *("beside", "published", "tolerance", "mark", "best", "why", "replaces"),
     # Of a published number: whether we have it, too
-    *("state", "evaluation", "hours"),
+    *("state", "evaluation", "hours", "hours_measured_on"),
 )
 
 
@@ -37,6 +38,8 @@ def as_csv(report: Report) -> str:
             the numbers of the row `beside`, separated by " / ".
         state: Whether our number for a published one is "measured", "missing" or "not built".
         evaluation, hours: What measures it, and how long that takes on one GPU.
+        hours_measured_on: The hardware on which, and the date at which, these hours were measured;
+            empty where they are an estimate.
     """
     text = io.StringIO()
     writer = csv.DictWriter(
@@ -80,6 +83,11 @@ def _published_line(
     state = "missing" if part.evaluation else "not built"
     if (number.table, number.column, number.variant) in measured:
         state = "measured"
+    hours: object = part.hours
+    measured_on = ""
+    if of_evaluation := measured_hours().get(part.evaluation):
+        hours = of_evaluation.hours
+        measured_on = f"{of_evaluation.hardware}, {of_evaluation.date}"
     return {
         **dataclasses.asdict(number),
         # The column has the kind of an evaluation, not that of a published row
@@ -89,7 +97,8 @@ def _published_line(
         "eval": number.evaluation,
         "value": number.printed,
         "state": state,
-        "hours": part.hours,
+        "hours": hours,
+        "hours_measured_on": measured_on,
         "evaluation": part.evaluation,
     }
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from relloc.reports.compare import ReportEntry
+from relloc.reports.hours import hours_text
 from relloc.reports.lines import label_lines
 from relloc.reports.load import Line
 from relloc.reports.published import PUBLISHED_MODEL, CardPart, card_parts
@@ -13,9 +14,9 @@ from relloc.results import REFERENCE_MODELS
 
 _DATA_SETS = (
     "The data sets are found by RELLOC_VOC, RELLOC_IN1K, RELLOC_PLACES205, RELLOC_INAT18, "
-    "RELLOC_COCO, RELLOC_CITYSCAPES and RELLOC_VOC_PROPOSALS, or eval.NAME.data.root=. Hours are "
-    "estimates for one GPU with 16 cores that reads shards, or files where an evaluation needs "
-    "boxes or masks."
+    "RELLOC_COCO, RELLOC_CITYSCAPES and RELLOC_VOC_PROPOSALS, or eval.NAME.data.root=. Estimated "
+    "hours are for 16 cores beside the GPU, and images in shards, or in files where an evaluation "
+    "needs boxes or masks."
 )
 FILL_CARD = "python -m relloc.evaluate checkpoint=RUN eval=card"
 _NOTHING_YET = (
@@ -103,7 +104,8 @@ def command(line: Line, part: CardPart) -> str:
     if line.seed:
         words.append(f"seed={line.seed}")
     line_of_shell = shlex.join(["python", "-m", "relloc.evaluate", *words])
-    return f"{line_of_shell}  # about {part.hours} h"
+    hours = hours_text(part.evaluation, part.hours)
+    return f"{line_of_shell}  # {hours}" if hours else line_of_shell
 
 
 def _quoted(path: str) -> str:

@@ -36,7 +36,8 @@ class CardPart:
         dataset, split, images: The images of the published numbers, and how many they are.
         view: How the published numbers saw whole images.
         hours: An estimate for a ResNet-50 on one GPU, from the rates in docs/benchmarks.md, or,
-            for fine-tuned classification of VOC2007, from those that docs/card.md assumes.
+            for fine-tuned classification of VOC2007, from those that docs/card.md assumes. It is
+            "" where hours.csv has measured hours.
         layer_best_in: The table whose best layer is the layer of these numbers, or "" where there
             is a column for each layer or the layer is given.
     """

@@ -18,6 +18,8 @@ from relloc.reports.compare import (
     make_entries,
     signed_value,
 )
+from relloc.reports.cost import COST_CAPTION, COST_COLUMNS, COST_TITLE, cost_lines
+from relloc.reports.hours import hours_text
 from relloc.reports.lines import image_words, natural_sort_key
 from relloc.reports.load import Measured
 from relloc.reports.missing import FILL_CARD, MissingEvaluations, advice, missing_evaluations
@@ -119,8 +121,9 @@ class Report:
     """Everything that a report shows.
 
     `legend` explains the tables. `advice` says what to do about missing cells ("" where none is
-    missing), and `missing` has the commands. `entries` and `published` are the same numbers in long
-    form, for CSV.
+    missing), and `missing` has the commands. `cost` has the hours of the card's rows, and is None
+    where the card is not shown. `entries` and `published` are the same numbers in long form, for
+    CSV.
     """
 
     title: str
@@ -128,8 +131,14 @@ class Report:
     legend: tuple[str, ...]
     advice: str
     missing: tuple[MissingEvaluations, ...]
+    cost: Group | None = None
     entries: tuple[ReportEntry, ...] = ()
     published: tuple[Published, ...] = ()
+
+    @property
+    def shown_groups(self) -> tuple[Group, ...]:
+        """All groups in the order in which they are shown: that of the cost stands last."""
+        return (*self.groups, self.cost) if self.cost else self.groups
 
 
 def make_report(measured: Iterable[Measured], rows: str = "") -> Report:
@@ -175,9 +184,25 @@ def make_report(measured: Iterable[Measured], rows: str = "") -> Report:
         legend=tuple(_legend(entries, has_card=has_card)),
         advice=advice(entries, missing) if has_card else "",
         missing=missing,
+        cost=_cost(entries) if has_card else None,
         entries=tuple(entries),
         published=published,
     )
+
+
+def _cost(entries: Sequence[ReportEntry]) -> Group:
+    """Returns the table of what the card costs; `entries` are all our numbers."""
+    rows = []
+    for line in cost_lines(entries):
+        cells = [Cell(text=text, details=line.details) if text else None for text in line.texts]
+        rows.append(Row(label=line.label, is_published=False, cells=tuple(cells)))
+    table = Table(
+        title="Hours on one GPU",
+        caption=COST_CAPTION,
+        columns=COST_COLUMNS,
+        rows=tuple(rows),
+    )
+    return Group(title=COST_TITLE, tables=(table,))
 
 
 def _table(
@@ -264,10 +289,9 @@ def _caption(
         if not part.evaluation:
             yield "Not built: relloc has no such evaluation yet."
         elif measured_columns.isdisjoint(part.columns):
-            command = (
-                f"python -m relloc.evaluate checkpoint=RUN eval={part.evaluation}, "
-                f"about {part.hours} h on one GPU (an estimate)"
-            )
+            words = [f"python -m relloc.evaluate checkpoint=RUN eval={part.evaluation}"]
+            words.append(hours_text(part.evaluation, part.hours))
+            command = ", ".join(filter(None, words))
             found = list(_numbers_by_images(on_other_images, part))
             if found:
                 listed = "; ".join(found)

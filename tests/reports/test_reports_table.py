@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from relloc.checkpoints.backbone_files import BACKBONE_FILE
 from relloc.reports.as_csv import as_csv
 from relloc.reports.compare import ABOVE, BELOW, INSIDE, ReportEntry, make_entries
+from relloc.reports.hours import hours_text
 from relloc.reports.lines import RUN_WEIGHTS, label_lines
 from relloc.reports.load import Line, Measured, Run
 from relloc.reports.missing import command
@@ -381,15 +382,19 @@ def test_missing_cells_name_their_commands(result: Callable[..., Result]) -> Non
         "voc07_finetune",
         "voc07_fast_rcnn",
     ]
-    commands = [each.partition("  # about ")[0] for each in missing["card2022, seed 0"]]
+    commands = [each.partition("  # ")[0] for each in missing["card2022, seed 0"]]
     assert commands == [ours + name for name in evaluations]
-    hours = {part.evaluation: part.hours for part in card_parts()}
-    assert [each.partition("  # about ")[2] for each in missing["card2022, seed 0"]] == [
-        f"{hours[name]} h" for name in evaluations
+    hours = {
+        part.evaluation: hours_text(part.evaluation, part.hours)
+        for part in card_parts()
+        if part.evaluation
+    }
+    assert [each.partition("  # ")[2] for each in missing["card2022, seed 0"]] == [
+        hours[name] for name in evaluations
     ]
     assert (
         "python -m relloc.evaluate checkpoint=random model=resnet50 eval=knn_in1k  "
-        f"# about {hours['knn_in1k']} h" in (missing["random, seed 0"])
+        f"# {hours['knn_in1k']}" in (missing["random, seed 0"])
     )
 
 
@@ -440,7 +445,7 @@ def test_a_recalibrated_line_asks_only_for_what_its_line_as_trained_has(
     assert "recalibrated" not in " ".join(missing["card2022, seed 0"])
     assert missing["card2022, recalibrated, seed 0"] == (
         f"python -m relloc.evaluate checkpoint={OURS} eval=knn_in1k batch_norm=recalibrated  "
-        "# about 0.1 h",
+        "# about 0.1 h on one GPU (an estimate)",
     )
 
 
@@ -676,7 +681,8 @@ def test_every_table_of_the_card_says_its_tolerance_and_how_it_stands(
         assert ("Not built" in caption) == (bool(caption) and not part.evaluation)
         if caption:
             assert caption.startswith("Tolerance: ± ")
-            asked = f"checkpoint=RUN eval={part.evaluation}, about {part.hours} h"
+            hours = hours_text(part.evaluation, part.hours)
+            asked = f"checkpoint=RUN eval={part.evaluation}, {hours}"
             assert (asked in caption) == (
                 bool(part.evaluation) and part.evaluation != "linear_in1k"
             )
@@ -690,7 +696,7 @@ def test_what_was_measured_on_other_images_alone_is_named_with_its_numbers(
         captions = {each.title: each.caption for each in card.tables}
         return captions[table]
 
-    command = "checkpoint=RUN eval=voc0712_detection, about 2.4 h"
+    command = "checkpoint=RUN eval=voc0712_detection, 2.41 h"
     on_card = detection(result, OURS, "AP50", 78.9)
     # A subset of the card's images, another data set, and a number that is no headline.
     subset = dataclasses.replace(on_card, value=12.3, n=321, headline=True)
