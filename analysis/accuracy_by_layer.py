@@ -28,19 +28,19 @@
 # saves the figure in `figures` in the folder of runs, as PNG, SVG and PDF.
 
 # %%
-from draw import draw_line, legend_below, line_looks, panel_axes
+from draw import draw_line, legend_below, named_lines, panel_axes
 from load import (
     LINE,
     as_frame,
     figures_folder,
-    line_names,
+    is_of_card,
     load_results,
     over_seeds,
     panel_title,
     panels,
 )
 
-from relloc.reports.published import CARD, RANDOM, SUPERVISED, card_parts, published_numbers
+from relloc.reports.published import CARD, RANDOM, SUPERVISED, published_numbers
 from relloc.reports.style import save, use_style
 from relloc.results import LAYERS
 
@@ -53,8 +53,7 @@ is_accuracy = results["unit"].eq("%") & results["higher_is_better"].eq(True)
 is_number = results["headline"] & results["spread"].eq("")
 results = results.loc[is_of_stage & is_accuracy & is_number]
 shown = panels(results)
-names = line_names(results)
-looks = line_looks(results, names)
+names, looks = named_lines(results)
 
 # %% [markdown]
 # Means over seeds, and of how many:
@@ -77,15 +76,6 @@ table
 # The published rows, and how they are drawn: unconnected, as they are of another training
 PUBLISHED = {CARD: ("published", "k*"), SUPERVISED: ("published, supervised", "k+")}
 PUBLISHED[RANDOM] = ("published, random", "kx")
-
-
-def is_of_card(shared):
-    """Returns whether a panel has the images and the model of the published card."""
-    wanted = (shared["eval"], shared["dataset"], shared["split"], shared["n"], shared["model"])
-    for part in card_parts():
-        if wanted == (part.evaluation, part.dataset, part.split, part.images, "resnet50"):
-            return True
-    return False
 
 
 def draw_published(axis, evaluation):

@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from load import SELECT, Frame, MixedRows, differences, differing_settings
+from load import SELECT, Frame, MixedRows, differences, differing_settings, line_names
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -36,7 +36,17 @@ def panel_axes(n: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[:n])
 
 
-def line_looks(frame: Frame, names: Mapping[Key, str]) -> dict[Key, Look]:
+def named_lines(frame: Frame) -> tuple[dict[Key, str], dict[Key, Look]]:
+    """Returns a short name for each line (`LINE`) of the rows, as figures show them, and its look.
+
+    Raises:
+        MixedRows: there are more lines than a reader can tell apart.
+    """
+    names = line_names(frame)
+    return names, _line_looks(frame, names)
+
+
+def _line_looks(frame: Frame, names: Mapping[Key, str]) -> dict[Key, Look]:
     """Returns the look of each line: ordered colors where one setting differs, or categories.
 
     Lines with recalibrated batch norm have the look of those as trained, with hollow markers.

@@ -47,6 +47,7 @@ from load import (
     load_results,
     over_seeds,
 )
+from permutation import p_of_effect, p_of_interaction
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
@@ -64,7 +65,6 @@ GAP, JITTER, PATCH = "grid.gap_px", "grid.jitter_px", "grid.patch_px"
 DEEP = ["", "feature3", "feature4", "feature5"]
 MOST_MAPS = 15
 SIGNIFICANT = 0.05
-DEALS = 9999
 results = load_results()
 results = results.loc[results["weights"].eq("pretrained") & results["spread"].eq("")]
 # Of shortcuts neither direction is good in itself; here a training that uses less of one is better
@@ -184,38 +184,15 @@ for shared, rows in results.groupby(keys, observed=True, sort=False):
 # deals in which means differ at least as much. That assumes nothing about the scatter, which may
 # differ from point to point. Small p in one of twenty measures are what chance gives, and the p of
 # a gap is over all jitters: read the maps, too.
-
+#
+# Whether the best gap depends on the jitter is their interaction: what points differ in beyond the
+# sum of an effect of the gap and one of the jitter. There is no deal of values that leaves such a
+# sum as it is, so that what trainings differ in from the fitted sum is dealt among all of them
+# (Freedman and Lane, Journal of Business & Economic Statistics 1, 1983). That assumes that
+# trainings scatter alike at all points, so that these differences may change places, and it holds
+# the better the more trainings there are.
 
 # %%
-def p_of_effect(values, name):
-    """Returns p of the effect of `name`, "gap" or "jitter", by permutation within the other.
-
-    It is nan where there is one value, or one training a point and no other.
-    """
-    within = "jitter" if name == "gap" else "gap"
-    frame = values.rename("value").reset_index()
-    n_levels = frame[name].nunique()
-    if n_levels < 2 or len(frame) == len(frame[["gap", "jitter"]].drop_duplicates()):
-        return np.nan
-    levels = pd.factorize(frame[name])[0]
-    strata = [np.flatnonzero(frame[within] == one) for one in frame[within].unique()]
-    sizes = np.bincount(levels)
-
-    def spread(dealt):
-        """Returns the spread of the means of levels, for each row of dealt levels."""
-        is_level = dealt[:, None, :] == np.arange(n_levels)[:, None]
-        means = (is_level * frame["value"].to_numpy()).sum(axis=2) / sizes
-        return (sizes * (means - frame["value"].mean()) ** 2).sum(axis=1)
-
-    random = np.random.default_rng(0)
-    dealt = np.tile(levels, (DEALS, 1))
-    for stratum in strata:
-        dealt[:, stratum] = random.permuted(dealt[:, stratum], axis=1)
-    # Of equal spreads, rounding makes some a little smaller
-    reached = spread(dealt) >= spread(levels[None])[0] * (1 - 1e-9)
-    return float((reached.sum() + 1) / (DEALS + 1))
-
-
 controls = load_results()
 controls = controls.loc[controls["weights"].eq("random") & controls["spread"].eq("")]
 
@@ -241,6 +218,7 @@ for name, means in measures.items():
             "largest": deviations.max(),
             "p of gap": p_of_effect(by_seed[name], "gap"),
             "p of jitter": p_of_effect(by_seed[name], "jitter"),
+            "p of interaction": p_of_interaction(by_seed[name]),
         }
     )
 effects = as_frame(lines).set_index("measure")
@@ -512,6 +490,10 @@ if len(p_values):
         f" Beside the scatter of seeds, the gap matters in {counts['p of gap']} and the jitter in "
         f"{counts['p of jitter']} of {len(p_values)} measures (p below {SIGNIFICANT})."
     )
+p_of_both = effects.loc[accuracies, "p of interaction"].dropna()
+if len(p_of_both):
+    n_depend = int((p_of_both < SIGNIFICANT).sum())
+    answer += f" In {n_depend} of {len(p_of_both)} the effect of one depends on the other."
 below_random = effects["highest"] < effects["random"]
 if below_random[accuracies].any():
     answer += (

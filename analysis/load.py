@@ -32,6 +32,7 @@ from relloc.errors import DataError, UsageError
 from relloc.reports.lines import RUN_WEIGHTS
 from relloc.reports.load import Measured, find_measured
 from relloc.reports.pretrainings import is_training, pretraining_of, training_record
+from relloc.reports.published import card_parts
 from relloc.reports.selection import select, split_words
 from relloc.results import LAYERS, REFERENCE_MODELS
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep
@@ -381,6 +382,15 @@ def panels(frame: Frame, most: int = MOST_PANELS) -> list[tuple[dict[str, Any], 
     for values, rows in grouped:
         found.append((dict(zip(PANEL, values, strict=True)), rows))
     return found
+
+
+def is_of_card(shared: Mapping[str, Any]) -> bool:
+    """Returns whether a panel, by what its rows share, has images and model of the card."""
+    wanted = (shared["eval"], shared["dataset"], shared["split"], shared["n"], shared["model"])
+    for part in card_parts():
+        if wanted == (part.evaluation, part.dataset, part.split, part.images, "resnet50"):
+            return True
+    return False
 
 
 def differences(frame: Frame, fields: Iterable[str]) -> str:

@@ -29,19 +29,19 @@
 
 # %%
 import pandas as pd
-from draw import draw_line, legend_below, line_looks, panel_axes
+from draw import draw_line, legend_below, named_lines, panel_axes
 from load import (
     LINE,
     as_frame,
     figures_folder,
-    line_names,
+    is_of_card,
     load_results,
     over_seeds,
     panel_title,
     panels,
 )
 
-from relloc.reports.published import CARD, card_parts, published_numbers
+from relloc.reports.published import CARD, published_numbers
 from relloc.reports.style import save, use_style
 
 use_style()
@@ -65,8 +65,7 @@ results = results.loc[results["spread"].eq("")]
 # The metric is called map_k1, map_k2, …: one panel has them all
 results = results.assign(metric=results["series"])
 shown = panels(results, most=2)
-names = line_names(results)
-looks = line_looks(results, names)
+names, looks = named_lines(results)
 layers = [layer for layer in results["layer"].cat.categories if (results["layer"] == layer).any()]
 
 # %% [markdown]
@@ -84,15 +83,7 @@ for (shared, _), means in zip(shown, means_of, strict=True):
     tables.append(table.drop(columns=list(LINE)).assign(evaluation=shared["eval"]))
 pd.concat(tables).set_index(["evaluation", "line", "layer"])
 
-
 # %%
-def is_of_card(shared):
-    """Returns whether a panel has the images and the model of the published card."""
-    wanted = (shared["eval"], shared["dataset"], shared["n"], shared["model"])
-    parts = [(part.evaluation, part.dataset, part.images, "resnet50") for part in card_parts()]
-    return wanted in parts
-
-
 figure, axes = panel_axes(len(shown) * len(layers), height=2.1)
 panel_of = iter(axes)
 for (shared, rows), means in zip(shown, means_of, strict=True):

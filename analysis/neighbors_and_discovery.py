@@ -30,8 +30,8 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from draw import legend_below, line_looks
-from load import LINE, Frame, figures_folder, line_names, load_results, over_seeds, panels
+from draw import legend_below, named_lines
+from load import LINE, Frame, figures_folder, load_results, over_seeds, panels
 
 from relloc.reports.style import TWO_COLUMNS, save, use_style
 
@@ -43,8 +43,7 @@ if results.empty:
         "no neighbors and no discovery are selected: run python -m relloc.study "
         "'study=[neighbors,discovery]' checkpoint=RUN_FOLDER, or change RELLOC_SELECT"
     )
-names = line_names(results)
-looks = line_looks(results, names)
+names, looks = named_lines(results)
 is_of_class = results["eval"].eq("neighbors") & results["metric"].str.startswith("same_class")
 neighbors = results.loc[is_of_class]
 discovery = results.loc[results["eval"].eq("discovery")]

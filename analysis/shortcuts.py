@@ -29,8 +29,8 @@
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
-from draw import legend_below, line_looks
-from load import LINE, figures_folder, line_names, load_results, over_seeds, panels
+from draw import legend_below, named_lines
+from load import LINE, figures_folder, load_results, over_seeds, panels
 from scipy.stats import norm
 
 from relloc.geometry import CHANCE_PERCENT
@@ -57,8 +57,7 @@ batch_norms = results.loc[~is_answer, "batch_norm"].unique()
 if len(batch_norms) == 1:
     results = results.assign(batch_norm=batch_norms[0])
     photographs = photographs.assign(batch_norm=batch_norms[0])
-names = line_names(results)
-looks = line_looks(results, names)
+names, looks = named_lines(results)
 means = over_seeds(results, [*LINE, "metric", "unit"]).reset_index(["metric", "unit"])
 means["line"] = [names[key] for key in means.index]
 shortcuts = list(dict.fromkeys(results["metric"]))

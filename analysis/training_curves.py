@@ -30,15 +30,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from draw import legend_below, line_looks, panel_axes
-from load import LINE, as_frame, figures_folder, line_names, load_curves
+from draw import legend_below, named_lines, panel_axes
+from load import LINE, as_frame, figures_folder, load_curves
 
 from relloc.reports.style import mark_chance, save, use_style
 
 use_style()
 curves = load_curves()
-names = line_names(curves)
-looks = line_looks(curves, names)
+names, looks = named_lines(curves)
 measured = curves["metric"].unique()
 CHANCE = 12.5  # percent, of eight positions
 neighbors = [name for name in measured if name.startswith("monitor/knn/feature4/")]

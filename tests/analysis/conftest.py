@@ -1,11 +1,14 @@
 """Recorded runs, for the notebooks and for what loads them."""
 
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+# Modules beside the notebooks import each other by their names alone
+sys.path.insert(0, str(HERE.parents[1] / "analysis"))
 RECORDED_RUNS = "/recorded/runs"
 
 

@@ -1,19 +1,15 @@
 """What notebooks are given: each measurement once, selected, and never mixed."""
 
-import sys
 from pathlib import Path
 
+import draw
+import load
 import pandas as pd
 import pytest
-from test_notebooks import ANALYSIS
 
 from relloc.errors import DataError, UsageError
 from relloc.results import Result, append_results, read_results
 from relloc.tracking import DatasetRecord, RunRecord, sync
-
-sys.path.insert(0, str(ANALYSIS))
-load = pytest.importorskip("load")
-draw = pytest.importorskip("draw")
 
 
 def row(**changes) -> Result:
@@ -144,10 +140,11 @@ def test_more_lines_than_can_be_told_apart_are_refused(here):
             write_run(here / name, row(fingerprint=name), params=params)
     found = load.load_results()
     with pytest.raises(load.MixedRows, match=r"16 pretrainings .*RELLOC_SELECT='grid.jitter_px=0'"):
-        draw.line_looks(found, load.line_names(found))
+        draw.named_lines(found)
     # One setting that differs orders eight lines, from dark to light
     ordered = load.load_results(["grid.jitter_px=0"])
-    looks = list(draw.line_looks(ordered, load.line_names(ordered)).values())
+    _, by_line = draw.named_lines(ordered)
+    looks = list(by_line.values())
     brightness = [sum(look["color"][:3]) for look in looks]
     assert brightness == sorted(brightness)
     assert len({look["marker"] for look in looks}) == 8
