@@ -49,7 +49,7 @@ from relloc.runs.settings import conf_dir
 from relloc.studies.best_images import BestImages, best_images
 from relloc.studies.constellations import PATCHES
 from relloc.studies.patch_cutting import cut_resized, flat_images
-from relloc.studies.patch_encoding import EMBEDDING, EncodedPatches
+from relloc.studies.patch_encoding import EMBEDDING, EncodedPatches, PatchEncoder
 from relloc.studies.patch_search import NONE, NearestPatches, nearest_patches
 from relloc.studies.patch_sets import RandomSquares, patch_keys
 from relloc.studies.patch_vectors import CollectedPatches, collect_patches, unit_vectors
@@ -169,19 +169,18 @@ def _encoding(
     backbone: Backbone, images: ImageSet, config: EncodeConfig, options: argparse.Namespace
 ) -> tuple[list[Row], CollectedPatches]:
     boxes = RandomSquares(n=options.patches, sides_px=tuple(options.sides))
+    encoder = PatchEncoder(
+        backbone=backbone,
+        layers=(EMBEDDING,),
+        patch_px=options.patch_px,
+        batch=options.batch,
+        config=config,
+    )
     collected: list[CollectedPatches] = []
 
     def ours(n_images: int) -> None:
         patches = collect_patches(
-            backbone,
-            images,
-            patch_keys(range(n_images), 0),
-            boxes,
-            layers=(EMBEDDING,),
-            patch_px=options.patch_px,
-            batch=options.batch,
-            config=config,
-            what="patches",
+            encoder, images, patch_keys(range(n_images), 0), boxes, what="patches"
         )
         collected[:] = [patches]
 

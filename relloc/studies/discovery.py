@@ -47,6 +47,7 @@ from relloc.studies.discovery_images import (
 from relloc.studies.patch_encoding import (
     EMBEDDING,
     PATCH_LAYERS,
+    PatchEncoder,
     check_patch_settings,
     encode_patches,
 )
@@ -201,6 +202,15 @@ class Discovery(Evaluation):
     def _searched_images(self, images: ImageSet) -> SearchedImages:
         return searched_images(images, self.classes, self.n_images, setting=_SETTING)
 
+    def _encoder(self, context: Context) -> PatchEncoder:
+        return PatchEncoder(
+            backbone=context.backbone,
+            layers=(self.layer,),
+            patch_px=self.patch_px,
+            batch=self.batch,
+            config=context.encode_config,
+        )
+
     def _seeds(self, context: Context, images: ImageSet, indices: Sequence[int]) -> EncodedSeeds:
         """Draws the constellations, which depend on images and seed alone, and encodes them."""
         choice = SeedChoice(
@@ -208,9 +218,13 @@ class Discovery(Evaluation):
             by_gradient=self.seed_places == "gradient",
             most_overlap=self.seed_overlap,
         )
-        config = context.encode_config
         drawn = draw_constellations(
-            images, indices, self.n_seeds, choice, config=config, seed=context.seed
+            images,
+            indices,
+            self.n_seeds,
+            choice,
+            config=context.encode_config,
+            seed=context.seed,
         )
         if not drawn:
             smallest = min(self.sides_px)
@@ -224,14 +238,10 @@ class Discovery(Evaluation):
             boxes.append(patch_boxes(squares).reshape(-1, 4))
         keys = [(index, number) for number, index in enumerate(drawn)]
         patches = collect_patches(
-            context.backbone,
+            self._encoder(context),
             images,
             keys,
             GivenBoxes(lists=boxes),
-            layers=(self.layer,),
-            patch_px=self.patch_px,
-            batch=self.batch,
-            config=config,
             what="patches of constellations",
             dtype=torch.float32,
         )
@@ -264,14 +274,10 @@ class Discovery(Evaluation):
                 f"{_SETTING}.top_images"
             )
         encoded = encode_patches(
-            context.backbone,
+            self._encoder(context),
             images,
             [(index, 0) for index in indices],
             DenseGrid(sides_px=self.sides_px, stride=self.stride),
-            layers=(self.layer,),
-            patch_px=self.patch_px,
-            batch=self.batch,
-            config=context.encode_config,
             what=f"matches of {n_seeds:,} constellations",
         )
         return best_images(

@@ -30,7 +30,7 @@ from relloc.studies.neighbor_queries import (
     images_of_chosen,
     random_queries,
 )
-from relloc.studies.patch_encoding import EMBEDDING, check_patch_settings
+from relloc.studies.patch_encoding import EMBEDDING, PatchEncoder, check_patch_settings
 from relloc.studies.patch_search import NONE, mean_correlations, nearest_patches, source_groups
 from relloc.studies.patch_sets import GivenBoxes, MakeBoxes, RandomPatch, RandomSquares, patch_keys
 from relloc.studies.patch_vectors import CollectedPatches, collect_patches
@@ -199,17 +199,14 @@ class Neighbors(Evaluation):
         *,
         what: str,
     ) -> CollectedPatches:
-        return collect_patches(
-            context.backbone,
-            images,
-            keys,
-            make_boxes,
+        encoder = PatchEncoder(
+            backbone=context.backbone,
             layers=self.layers,
             patch_px=self.patch_px,
             batch=self.batch,
             config=context.encode_config,
-            what=what,
         )
+        return collect_patches(encoder, images, keys, make_boxes, what=what)
 
     def _chances(
         self,

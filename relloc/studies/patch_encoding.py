@@ -47,6 +47,26 @@ class EncodedPatches:
     boxes: Boxes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PatchEncoder:
+    """A network, and how patches are encoded by it.
+
+    Attributes:
+        backbone: the network, in eval mode and on `config.device`.
+        layers: some of `PATCH_LAYERS`. Where "embedding" is named beside a stage, patches pass the
+            network twice.
+        patch_px: side of the patches that the network sees.
+        batch: number of patches that are encoded at once.
+        config: device, precision, worker processes and progress bar.
+    """
+
+    backbone: Backbone
+    layers: Sequence[str]
+    patch_px: int
+    batch: int
+    config: EncodeConfig
+
+
 def check_patch_settings(setting: str, *, layers: object, patch_px: object, batch: object) -> None:
     """Checks what all studies of patches have as settings, below `setting`.
 
@@ -66,39 +86,31 @@ def patch_dims(backbone: Backbone, layers: Sequence[str]) -> dict[str, int]:
 
 
 def encode_patches(
-    backbone: Backbone,
+    encoder: PatchEncoder,
     images: ImageSet,
     keys: Sequence[SeededIndex],
     make_boxes: MakeBoxes,
     *,
-    layers: Sequence[str],
-    patch_px: int,
-    batch: int,
-    config: EncodeConfig,
     what: str,
 ) -> Iterator[EncodedPatches]:
-    """Yields the features of the patches of images, `batch` patches at a time.
+    """Yields the features of the patches of images, `encoder.batch` patches at a time.
 
     Patches come in the order of `keys`, and for each image in the order of its boxes, whatever
-    `batch` and the number of worker processes are. Images that can't be read are left out and
+    the batch and the number of worker processes are. Images that can't be read are left out and
     counted, once for all.
 
     Args:
-        backbone: the network, in eval mode and on `config.device`.
+        encoder: the network, and how patches are encoded by it.
         images: the images, which worker processes read at the size at which they are stored.
         keys: the index of each image, and the seed that `make_boxes` gets for it.
         make_boxes: chooses boxes. A box that is not square is stretched to a square.
-        layers: some of `PATCH_LAYERS`. Where "embedding" is named beside a stage, patches pass the
-            network twice.
-        patch_px: side of the patches that the network sees.
-        batch: number of patches that are encoded at once.
-        config: device, precision, worker processes and progress bar.
         what: the text beside the progress bar.
 
     Raises:
-        DataError: more images can't be read than `config.unreadable_share` allows.
+        DataError: more images can't be read than `encoder.config.unreadable_share` allows.
         ValueError: a box lies not within its image, or there are more boxes than `most`.
     """
+    config = encoder.config
     read = read_counted(
         images,
         _ReadWithBoxes(images=images, make_boxes=make_boxes),
@@ -106,8 +118,9 @@ def encode_patches(
         what,
         config=config,
     )
-    for patches, part in _full_batches(_chosen_patches(read), patch_px, batch, config.device):
-        features = patch_features(backbone, patches, tuple(layers), config.bf16)
+    batches = _full_batches(_chosen_patches(read), encoder.patch_px, encoder.batch, config.device)
+    for patches, part in batches:
+        features = patch_features(encoder.backbone, patches, tuple(encoder.layers), config.bf16)
         yield EncodedPatches(
             features=features,
             images=part.images,

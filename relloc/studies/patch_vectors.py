@@ -5,10 +5,11 @@ They are one matrix for each layer, made for searches (`relloc.features.nearest`
 Example:
     >>> boxes = RandomSquares(n=20, sides_px=(96,))  # worker processes call it for each image
     >>> keys = patch_keys(range(len(images)), context.seed)
-    >>> patches = collect_patches(
-    ...     context.backbone, images, keys, boxes, layers=("embedding",), patch_px=96, batch=256,
-    ...     config=context.encode_config, what="patches",
+    >>> encoder = PatchEncoder(
+    ...     backbone=context.backbone, layers=("embedding",), patch_px=96, batch=256,
+    ...     config=context.encode_config,
     ... )
+    >>> patches = collect_patches(encoder, images, keys, boxes, what="patches")
     >>> vectors = patches.vectors["embedding"]  # (n d): products of rows are correlations
     >>> image, box = patches.images[7], patches.boxes[7]  # where patch 7 lies
 """
@@ -23,9 +24,8 @@ from torch import Tensor
 
 from relloc.data.image_set import ImageSet
 from relloc.errors import DataError, UsageError
-from relloc.features.source import EncodeConfig, SeededIndex, bank_device, format_gib, free_gib
-from relloc.models.backbone import Backbone
-from relloc.studies.patch_encoding import encode_patches, patch_dims
+from relloc.features.source import SeededIndex, bank_device, format_gib, free_gib
+from relloc.studies.patch_encoding import PatchEncoder, encode_patches, patch_dims
 from relloc.studies.patch_sets import MakeBoxes
 from relloc.terminal import quantity
 
@@ -54,15 +54,11 @@ class CollectedPatches:
 
 
 def collect_patches(
-    backbone: Backbone,
+    encoder: PatchEncoder,
     images: ImageSet,
     keys: Sequence[SeededIndex],
     make_boxes: MakeBoxes,
     *,
-    layers: Sequence[str],
-    patch_px: int,
-    batch: int,
-    config: EncodeConfig,
     what: str,
     dtype: torch.dtype = torch.float16,
 ) -> CollectedPatches:
@@ -77,15 +73,15 @@ def collect_patches(
         UsageError: the memory is too small for all patches.
         DataError: there is no patch at all, or too many images can't be read.
     """
-    dims = patch_dims(backbone, layers)
+    dims = patch_dims(encoder.backbone, encoder.layers)
     most = len(keys) * make_boxes.most
     values_per_patch = sum(dims.values())
     needed_gib = most * values_per_patch * dtype.itemsize / _GIB
-    device = bank_device(needed_gib, config.device)
+    device = bank_device(needed_gib, encoder.config.device)
     available_gib = free_gib(device)
     if needed_gib > available_gib:
         raise UsageError(
-            f"{most:,} patches at {', '.join(layers)} take {format_gib(needed_gib)}, but the "
+            f"{most:,} patches at {', '.join(dims)} take {format_gib(needed_gib)}, but the "
             f"memory of {device} has only {format_gib(available_gib)} free: give fewer images, "
             "fewer patches of each or fewer layers, or free memory"
         )
@@ -95,18 +91,7 @@ def collect_patches(
     image_parts = []
     box_parts = []
     n_filled = 0
-    encoded = encode_patches(
-        backbone,
-        images,
-        keys,
-        make_boxes,
-        layers=layers,
-        patch_px=patch_px,
-        batch=batch,
-        config=config,
-        what=what,
-    )
-    for part in encoded:
+    for part in encode_patches(encoder, images, keys, make_boxes, what=what):
         end = n_filled + len(part.images)
         for layer, rows in vectors.items():
             # Rounded on the device, so that less is copied where they are kept on the CPU.

@@ -14,7 +14,7 @@ from relloc.data.folder import FolderImages
 from relloc.features.source import EncodeConfig
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
-from relloc.studies.patch_encoding import PATCH_LAYERS, EncodedPatches, encode_patches
+from relloc.studies.patch_encoding import PATCH_LAYERS, EncodedPatches, PatchEncoder, encode_patches
 from relloc.studies.patch_sets import RandomSquares, patch_keys
 
 CPU = torch.device("cpu")
@@ -54,18 +54,15 @@ def encoded(
     layers: Sequence[str] = PATCH_LAYERS,
     unreadable_share: float = 0.0,
 ) -> list[EncodedPatches]:
-    found = encode_patches(
-        backbone,
-        images,
-        patch_keys(range(len(images)), seed=7),
-        BOXES,
+    encoder = PatchEncoder(
+        backbone=backbone,
         layers=layers,
         patch_px=32,
         batch=batch,
         config=encode_config(workers, unreadable_share),
-        what="patches",
     )
-    return list(found)
+    keys = patch_keys(range(len(images)), seed=7)
+    return list(encode_patches(encoder, images, keys, BOXES, what="patches"))
 
 
 def joined(batches: Sequence[EncodedPatches], layer: str) -> Tensor:

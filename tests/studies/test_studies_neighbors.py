@@ -20,7 +20,7 @@ from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.results import Score
 from relloc.studies.neighbors import Neighbors
-from relloc.studies.patch_encoding import encode_patches
+from relloc.studies.patch_encoding import PatchEncoder, encode_patches
 from relloc.studies.patch_sets import RandomPatch, RandomSquares, patch_keys
 from relloc.studies.patch_vectors import unit_vectors
 
@@ -105,20 +105,16 @@ def test_neighbors_and_numbers_are_those_of_the_full_matrix(
 ) -> None:
     scores = run(images, tmp_path, one_per_image=one_per_image, own_image=own_image)
     made = context_of(images, tmp_path)
-    encoded = list(
-        encode_patches(
-            made.backbone,
-            images,
-            patch_keys(range(N_IMAGES), seed=3),
-            RandomSquares(n=3, sides_px=(24, 32)),
-            layers=[layer],
-            patch_px=32,
-            batch=50,
-            config=made.encode_config,
-            what="",
-        )
+    encoder = PatchEncoder(
+        backbone=made.backbone,
+        layers=[layer],
+        patch_px=32,
+        batch=50,
+        config=made.encode_config,
     )
-    (patches,) = encoded
+    keys = patch_keys(range(N_IMAGES), seed=3)
+    boxes = RandomSquares(n=3, sides_px=(24, 32))
+    (patches,) = encode_patches(encoder, images, keys, boxes, what="")
     exact = np.corrcoef(patches.features[layer].double().numpy())
     # The search is exact on what is kept, in float16: there nearly equal ones may change places.
     kept = unit_vectors(patches.features[layer]).half().double()

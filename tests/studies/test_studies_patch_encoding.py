@@ -13,7 +13,12 @@ from relloc.errors import DataError, UsageError
 from relloc.models.alexnet import AlexNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.patches.normalize import ByDataset
-from relloc.studies.patch_encoding import PATCH_LAYERS, check_patch_settings, encode_patches
+from relloc.studies.patch_encoding import (
+    PATCH_LAYERS,
+    PatchEncoder,
+    check_patch_settings,
+    encode_patches,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +103,14 @@ class WrongBoxes:
 def test_wrong_boxes_are_refused(
     backbone: SmallBackbone, images: FolderImages, boxes: WrongBoxes
 ) -> None:
-    found = encode_patches(
-        backbone,
-        images,
-        [(0, 0)],
-        boxes,
+    encoder = PatchEncoder(
+        backbone=backbone,
         layers=("embedding",),
         patch_px=32,
         batch=4,
         config=encode_config(),
-        what="patches",
     )
+    found = encode_patches(encoder, images, [(0, 0)], boxes, what="patches")
     with pytest.raises(ValueError, match="box"):
         list(found)
 

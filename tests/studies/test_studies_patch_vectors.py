@@ -10,8 +10,10 @@ from made_patches import BOXES, CPU, encode_config, encoded, joined, made_images
 
 from relloc.data.folder import FolderImages
 from relloc.errors import DataError, UsageError
+from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.studies.patch_cutting import cut_resized, flat_images
+from relloc.studies.patch_encoding import PatchEncoder
 from relloc.studies.patch_sets import patch_keys
 from relloc.studies.patch_vectors import CollectedPatches, collect_patches, unit_vectors
 
@@ -27,20 +29,20 @@ def backbone() -> SmallBackbone:
 
 
 def collected(
-    backbone: SmallBackbone, images: FolderImages, dtype: torch.dtype = torch.float16
+    backbone: SmallBackbone,
+    images: FolderImages,
+    dtype: torch.dtype = torch.float16,
+    config: EncodeConfig | None = None,
 ) -> CollectedPatches:
-    return collect_patches(
-        backbone,
-        images,
-        patch_keys(range(len(images)), seed=7),
-        BOXES,
+    encoder = PatchEncoder(
+        backbone=backbone,
         layers=("feature3", "embedding"),
         patch_px=32,
         batch=4,
-        config=encode_config(),
-        what="patches",
-        dtype=dtype,
+        config=config or encode_config(),
     )
+    keys = patch_keys(range(len(images)), seed=7)
+    return collect_patches(encoder, images, keys, BOXES, what="patches", dtype=dtype)
 
 
 def test_collected_patches_are_unit_vectors_whose_products_are_correlations(
@@ -90,17 +92,8 @@ def test_a_gpu_cuts_and_keeps_the_same_patches(
     on_cpu = cut_resized(flat_images(pictures, CPU), numbers, boxes, 32)
     on_gpu = cut_resized(flat_images(pictures, gpu), numbers, boxes, 32)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=0.3, rtol=0)
-    kept = collect_patches(
-        copy.deepcopy(backbone).to(gpu),
-        images,
-        patch_keys(range(len(images)), seed=7),
-        BOXES,
-        layers=("feature3", "embedding"),
-        patch_px=32,
-        batch=4,
-        config=dataclasses.replace(encode_config(), device=gpu),
-        what="patches",
-    )
+    config = dataclasses.replace(encode_config(), device=gpu)
+    kept = collected(copy.deepcopy(backbone).to(gpu), images, config=config)
     expected = collected(backbone, images)
     for layer, vectors in kept.vectors.items():
         assert vectors.device.type == "cuda"
