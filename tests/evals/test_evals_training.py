@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from contexts import context
+from resumed import Saved, killed
 from torch import Tensor
 
 from relloc.errors import DataError, UsageError
@@ -79,23 +79,6 @@ class Watched:
         return [indices for epoch, indices in self.asked if epoch == number]
 
 
-class Kept:
-    """A state that keeps what was saved last, and can be told to stop after an epoch."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.stop_after = stop_after
-        self.saved: dict[str, Any] | None = None
-
-    def load(self) -> dict[str, Any] | None:
-        return self.saved
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.saved = copy.deepcopy(state)
-        if state["epoch"] == self.stop_after:
-            self.stop_after = None
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("n", [14, 100, 167])
 def test_each_epoch_asks_for_every_image_once_in_another_order(n: int) -> None:
     watched = Watched(bank(n))
@@ -164,11 +147,9 @@ def test_a_stopped_training_goes_on_bit_for_bit() -> None:
     source = bank(100)
     whole = fit(training(), source)
     for stop_after in (1, 3, 4):
-        state = Kept(stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            fit(training(), source, state)
+        state = killed(lambda state: fit(training(), source, state), stop_after)
         again = Watched(source)
-        resumed = fit(training(), again, state)
+        resumed = fit(training(), again, Saved(state.content))
         assert {epoch for epoch, _ in again.asked} == set(range(stop_after, 4))
         for layer in DIMS:
             for name, value in whole[layer].state_dict().items():
@@ -179,10 +160,8 @@ def test_the_best_epoch_is_kept_over_a_stop() -> None:
     given = {"tenth": draw_held_back(100, 0), "watched": bank(60, seed=9)}
     wild = training([dataclasses.replace(PUBLISHED, lr=3.0)], milestone_epochs=())
     whole = wild.fit(bank(100), context(), **given)
-    state = Kept(2)
-    with pytest.raises(KeyboardInterrupt):
-        wild.fit(bank(100), context(state=state), **given)
-    resumed = wild.fit(bank(100), context(state=state), **given)
+    state = killed(lambda state: wild.fit(bank(100), context(state=state), **given), 2)
+    resumed = wild.fit(bank(100), context(state=Saved(state.content)), **given)
     assert resumed.best == whole.best
     hits, seen = count_hits(whole.heads, bank(60, seed=9), torch.arange(60), 16, CPU)
     assert seen == 60

@@ -19,24 +19,11 @@ import torch
 
 sys.path[:0] = sys.argv[2:]
 from contexts import context
+from resumed import Saved, killed
 from test_transfer_segmentation_evaluations import evaluation, given
 
 torch.set_num_threads(1)
 calls = []
-
-
-class Saved:
-    def __init__(self, state=None, kill_after=None):
-        self.state = state
-        self.kill_after = kill_after
-
-    def load(self):
-        return self.state
-
-    def save(self, state):
-        self.state = copy.deepcopy(state)
-        if state["step"] == self.kill_after:
-            raise KeyboardInterrupt
 
 
 def compiled(function):
@@ -58,24 +45,20 @@ def run(state, compile):
 
 plain, fast = Saved(), Saved()
 run(plain, lambda function: function)
-expected = copy.deepcopy(plain.state)
+expected = copy.deepcopy(plain.content)
 assert not calls
 run(fast, compiled)
 assert calls == [4] * 4, calls
-found = copy.deepcopy(fast.state)
+found = copy.deepcopy(fast.content)
 for name, value in expected["network"].items():
     torch.testing.assert_close(found["network"][name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 # Killed after two steps, it goes on to the same bits.
-killed = Saved(kill_after=2)
-try:
-    run(killed, compiled)
-except KeyboardInterrupt:
-    pass
-assert killed.state["step"] == 2
-run(again := Saved(killed.state), compiled)
+stopped = killed(lambda state: run(state, compiled), 2).content
+assert stopped["step"] == 2
+run(again := Saved(stopped), compiled)
 for name, value in found["network"].items():
-    assert torch.equal(again.state["network"][name], value), name
+    assert torch.equal(again.content["network"][name], value), name
 """
 
 

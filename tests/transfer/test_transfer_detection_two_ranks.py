@@ -29,7 +29,7 @@ def trained(folder):
     # Images of one size: others are padded to the largest of a forward, which batch norm sees.
     train = Rectangles(n=12, portraits=False)
     scores = list(one.run(given(folder, train=train, state=state)))
-    weights = state.state["network"]
+    weights = state.content["network"]
     return weights, [(score.metric, score.value) for score in scores]
 
 

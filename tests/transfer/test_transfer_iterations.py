@@ -1,6 +1,5 @@
 """The base class of detectors and segmenters, by a network that learns the mean color of images."""
 
-import copy
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ import pytest
 import torch
 from contexts import context
 from PIL import Image
+from resumed import Saved, killed
 from torch import Tensor, nn
 
 from relloc.data.image_set import ImageSet, Splits
@@ -126,24 +126,6 @@ class LearnGray(IterativeFineTuning):
         return [Score(metric="answer", value=error, n=len(context.splits.held_out))]
 
 
-class Saved:
-    """A state that keeps what was saved, and ends the process after a number of saves."""
-
-    def __init__(self, state: Any = None, kill_after: int | None = None) -> None:
-        self.state = state
-        self.kill_after = kill_after
-
-    def load(self) -> dict[str, Any] | None:
-        return self.state
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.state = copy.deepcopy(state)
-        if self.kill_after is not None:
-            self.kill_after -= 1
-            if not self.kill_after:
-                raise KeyboardInterrupt
-
-
 def evaluation(**changes: Any) -> LearnGray:
     settings: dict[str, Any] = {
         "iterations": 40,
@@ -197,10 +179,8 @@ def test_a_training_that_differs_from_the_published_one_says_so(
 @pytest.mark.parametrize("saves", [1, 2, 3])
 def test_a_killed_training_that_goes_on_ends_with_the_same_bits(saves: int) -> None:
     (expected,) = evaluation().run(given())
-    killed = Saved(kill_after=saves)
-    with pytest.raises(KeyboardInterrupt):
-        list(evaluation().run(given(state=killed)))
-    (found,) = evaluation().run(given(state=Saved(killed.state)))
+    state = killed(lambda state: list(evaluation().run(given(state=state))), saves)
+    (found,) = evaluation().run(given(state=Saved(state.content)))
     assert found == expected
 
 

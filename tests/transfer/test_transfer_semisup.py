@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import pytest
 import torch
 from contexts import context
 from PIL import Image
+from resumed import Saved, killed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -77,23 +77,6 @@ class Colors:
 SPLITS = Splits(train=Colors(split="train", n=90), held_out=Colors(split="val", n=31))
 
 
-class Kept:
-    """An `EvaluationState` that keeps what it is given, and stops the run at the `stop`-th time."""
-
-    def __init__(self, content: dict[str, Any] | None = None, stop: int | None = None) -> None:
-        self.content, self.stop, self.saved, self.loaded = content, stop, 0, 0
-
-    def load(self) -> dict[str, Any] | None:
-        self.loaded += 1
-        return copy.deepcopy(self.content)
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.content = copy.deepcopy(state)
-        self.saved += 1
-        if self.saved == self.stop:
-            raise KeyboardInterrupt
-
-
 def trunk() -> SmallBackbone:
     torch.manual_seed(0)
     return SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
@@ -116,14 +99,14 @@ def evaluation(**changes: Any) -> SemiSupervised:
 
 
 def scores(
-    run: SemiSupervised, state: Kept | None = None, splits: Splits = SPLITS, **changes: Any
+    run: SemiSupervised, state: Saved | None = None, splits: Splits = SPLITS, **changes: Any
 ) -> list[Score]:
     given = {
         "backbone": trunk(),
         "splits": splits,
         "encode_config": READING,
         "seed": 1,
-        "state": state or Kept(),
+        "state": state or Saved(),
     }
     return list(run.run(context(**{**given, **changes})))
 
@@ -172,10 +155,8 @@ def plainly_tuned(run: SemiSupervised, epochs: int) -> Classifier:
 
 
 def test_the_network_is_trained_as_the_protocol_says() -> None:
-    state = Kept(stop=3)
     run = evaluation(share=0.19)  # 17 images: the last batch has two
-    with pytest.raises(KeyboardInterrupt):
-        scores(run, state)
+    state = killed(lambda state: scores(run, state), 3)
     assert state.content is not None
     assert state.content["training"]["step"] == 3 * 4  # three epochs of 17 images, 5 at a time
     expected = plainly_tuned(run, 3).state_dict()
@@ -190,9 +171,7 @@ def test_the_network_is_trained_as_the_protocol_says() -> None:
 
 
 def test_a_batch_of_one_is_passed_over() -> None:
-    state = Kept(stop=1)
-    with pytest.raises(KeyboardInterrupt):
-        scores(evaluation(share=16 / 90), state)
+    state = killed(lambda state: scores(evaluation(share=16 / 90), state))
     assert state.content is not None
     assert state.content["training"]["network"]["backbone.stem.1.num_batches_tracked"] == 3
 
@@ -211,20 +190,16 @@ def test_few_labels_are_enough_for_colors_and_the_given_backbone_stays() -> None
 def test_stopped_anywhere_it_ends_with_the_same_bits(stop: int) -> None:
     run = evaluation(learning_rates=[0.05, 0.01])
     whole, undisturbed = undisturbed_run()
-    state = Kept(stop=stop)
-    with pytest.raises(KeyboardInterrupt):
-        scores(run, state)
-    again = Kept(state.content)
+    state = killed(lambda state: scores(run, state), stop)
+    again = Saved(state.content)
     assert scores(run, again) == whole
-    assert again.saved == undisturbed[0] - stop
+    assert again.saves == undisturbed[0] - stop
     assert again.content == undisturbed[1]
-    first = Kept(state.content, stop=1)
+    first = Saved(state.content, kill_after=1)
     if stop < 3:  # within the first setting: its weights are kept
         with pytest.raises(KeyboardInterrupt):
             scores(run, first)
-        fresh = Kept(stop=stop + 1)
-        with pytest.raises(KeyboardInterrupt):
-            scores(run, fresh)
+        fresh = killed(lambda state: scores(run, state), stop + 1)
         assert first.content is not None
         assert fresh.content is not None
         assert_same_bits(first.content, fresh.content)
@@ -232,27 +207,24 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(stop: int) -> None:
 
 @functools.cache
 def undisturbed_run() -> tuple[list[Score], tuple[int, dict[str, Any] | None]]:
-    state = Kept()
-    return scores(evaluation(learning_rates=[0.05, 0.01]), state), (state.saved, state.content)
+    state = Saved()
+    return scores(evaluation(learning_rates=[0.05, 0.01]), state), (state.saves, state.content)
 
 
 def test_a_state_that_passes_over_calls_is_gone_on_from_as_well() -> None:
     run = evaluation(learning_rates=[0.05, 0.01])
     whole, _ = undisturbed_run()
-    state = Kept(stop=3)
-    with pytest.raises(KeyboardInterrupt):
-        scores(run, state)  # all epochs of the first setting; what came of it was not kept
-    assert scores(run, Kept(state.content)) == whole
+    # All epochs of the first setting; what came of it was not kept.
+    state = killed(lambda state: scores(run, state), 3)
+    assert scores(run, Saved(state.content)) == whole
 
 
 def test_a_state_is_loaded_once_however_many_settings_follow() -> None:
     run = evaluation(learning_rates=[0.05, 0.01], epochs=1, milestone_epochs=[])
-    state = Kept(stop=1)
-    with pytest.raises(KeyboardInterrupt):
-        scores(run, state)
-    again = Kept(state.content)
+    state = killed(lambda state: scores(run, state))
+    again = Saved(state.content)
     scores(run, again)
-    assert again.loaded == 1
+    assert again.loads == 1
 
 
 def test_of_several_settings_one_is_chosen_without_val_and_one_on_it(
@@ -288,11 +260,11 @@ def test_a_setting_that_diverged_comes_last_and_is_named(monkeypatch: pytest.Mon
     asked = iter([[31, 31], [12, 12], [10, 31], [3, 12], [9, 31], [4, 12]])
     monkeypatch.setattr(semisup, "count_top_hits", lambda *_given: next(asked))
     monkeypatch.setattr(semisup, "TOP", (1,))
-    state = Kept()
+    state = Saved()
     run = evaluation(milestone_epochs=[], learning_rates=[1e30, 0.05, 0.01], head_multipliers=[1])
     found = {score.metric: score for score in scores(run, state)}
     assert (
-        state.saved == 0 + 3 + 3 + 3
+        state.saves == 0 + 3 + 3 + 3
     )  # not trained further once it had diverged; then one for each setting
     assert {metric: round(score.value * 31 / 100) for metric, score in found.items()} == {
         "top1": 10,
@@ -303,11 +275,9 @@ def test_a_setting_that_diverged_comes_last_and_is_named(monkeypatch: pytest.Mon
 
 
 def test_where_all_diverged_that_is_said_also_after_a_stop() -> None:
-    stopped = Kept(stop=1)
     run = evaluation(learning_rates=[1e30], head_multipliers=[1])
-    with pytest.raises(KeyboardInterrupt):
-        scores(run, stopped)
-    for state in (Kept(), Kept(stopped.content)):
+    stopped = killed(lambda state: scores(run, state))
+    for state in (Saved(), Saved(stopped.content)):
         (score,) = scores(run, state)
         assert "diverged: loss or weights are not finite" in score.details
         assert state.content == {"outcomes": [{"finite": False, "tallies": [[11, 31, 31]]}]}

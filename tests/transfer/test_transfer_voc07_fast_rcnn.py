@@ -152,14 +152,14 @@ def test_the_first_stage_stays_with_its_batch_norm_while_others_learn(tmp_path: 
     saved = Saved()
     list(evaluation().run(given(tmp_path, state=saved)))
     before = evaluation().make_network(given(tmp_path)).state_dict()
-    for name, value in saved.state["network"].items():
+    for name, value in saved.content["network"].items():
         if name.startswith("trunk.0."):
             assert torch.equal(value, before[name]), name
     assert not torch.equal(
-        saved.state["network"]["head.0.conv1.weight"], before["head.0.conv1.weight"]
+        saved.content["network"]["head.0.conv1.weight"], before["head.0.conv1.weight"]
     )
     assert not torch.equal(
-        saved.state["network"]["trunk.1.bn1.running_mean"], before["trunk.1.bn1.running_mean"]
+        saved.content["network"]["trunk.1.bn1.running_mean"], before["trunk.1.bn1.running_mean"]
     )
 
 
