@@ -30,9 +30,9 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
             f"data.root=[{imagenette / 'train'},{real_images / 'demo_photos'}]",
         ),
         *(
-            "schedule.epochs=12",
+            "schedule.epochs=6",
             "schedule.warmup_epochs=0.5",
-            "schedule.milestone_epochs=[9]",
+            "schedule.milestone_epochs=[5]",
             "optimizer.lr=0.8",
         ),
         *(
@@ -57,7 +57,7 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
     ways = (
         "batch_norm=[as_trained,recalibrated]",
         "calibration_images=512",
-        "probe.linear.epochs=20",
+        "probe.linear.epochs=6",
     )
     for who, out in ((f"checkpoint={run_dir}", evaluated), ("checkpoint=random", random)):
         more = ("model=small",) if out == random else ()
@@ -67,7 +67,7 @@ def test_pretraining_on_a_mixed_folder_then_evaluating_on_labels(relloc, tmp_pat
             *more,
             *looks,
             *ways,
-            "probe.linear.milestone_epochs=[10]",
+            "probe.linear.milestone_epochs=[4]",
             f"hydra.run.dir={out}",
         )
         assert done.code == 0, done.text
