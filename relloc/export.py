@@ -13,10 +13,11 @@ from torch import Tensor
 
 from relloc import files, terminal
 from relloc.checkpoints import backbone_files, layouts, weight_files
-from relloc.checkpoints.exported import DEPTHS, SUFFIXES, advice, file_content
+from relloc.checkpoints.exported import DEPTHS, SUFFIXES, advice, file_content, strides_advice
 from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.hashed_files import check_hash
 from relloc.errors import CheckpointError, UsageError
+from relloc.models.described import described_backbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
 from relloc.tracking.unfinished import unfinished_training
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # any mistake a file that was there before is unchanged.
     try:
         _check(options)
-        model, weights = _model_and_weights(options.checkpoint, options.checkpoint_prefix)
-        content = file_content(layout, out.suffix, weights, classes)
+        model, backbone = _model_and_backbone(options.checkpoint, options.checkpoint_prefix)
+        content = file_content(layout, out.suffix, backbone.state_dict(), classes)
         files.write_whole(out, content)
     except UsageError as error:
         terminal.print_error(error)
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     file_name = terminal.escaped(str(out))
     print(f"{file_name}: {model} in {layout}'s layout\n\n{settings}\n")
+    if backbone.own_strides:
+        print(f"{strides_advice(layout, model, backbone.own_strides)}\n")
     # The file can be evaluated like any other, which is the quickest check that it is right.
     checkpoint = shlex.quote(f"checkpoint={out}")
     terminal.print_next(f"python -m relloc.evaluate {checkpoint} data=NAME")
@@ -116,8 +119,8 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Returns the name of the model, and all its weights by torchvision's names.
+def _model_and_backbone(checkpoint: Path, prefix: str | None) -> tuple[str, ResNetBackbone]:
+    """Returns the name of the model, and its backbone with the weights.
 
     Raises:
         CheckpointError: the checkpoint can't be read or is no ResNet that can be exported.
@@ -129,8 +132,7 @@ def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[
         raise CheckpointError(unfinished)
     file = backbone_files.backbone_file(checkpoint)
     if backbone_files.is_ours(file):
-        model, weights = _from_our_file(file, prefix)
-        backbone = ResNetBackbone(depth=DEPTHS[model])
+        model, backbone, weights = _from_our_file(file, prefix)
     else:
         # In a file of another project, the names of the weights tell which ResNet it is.
         check_hash(file)
@@ -141,23 +143,29 @@ def _model_and_weights(checkpoint: Path, prefix: str | None) -> tuple[str, dict[
         weights = found.fitted(backbone.state_dict())
     # Loading the weights into a backbone checks them, and adds counters that old files lack.
     fill(backbone, weights, str(file))
-    return model, backbone.state_dict()
+    return model, backbone
 
 
-def _from_our_file(file: Path, prefix: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Returns the name of the model and the weights in a file that relloc wrote."""
+def _from_our_file(file: Path, prefix: str | None) -> tuple[str, ResNetBackbone, dict[str, Tensor]]:
+    """Returns the model's name, an empty backbone, and the weights in a file that relloc wrote."""
     weights, about = backbone_files.load_backbone(file)
     # Our files have one backbone, whose names have no prefix.
     if prefix is not None:
         raise UsageError(f"{file} has no prefixes: leave --checkpoint-prefix out")
     model = backbone_files.model_name(about, file)
-    # Only ResNets have names and layouts that the other projects share.
-    if model not in DEPTHS:
+    backbone = None
+    if model in DEPTHS:
+        backbone = ResNetBackbone(depth=DEPTHS[model])
+        if "backbone" in about["model"]:
+            backbone = described_backbone(about["model"], weights, str(file))
+    # Only ResNets of standard width have names and layouts that the other projects share.
+    if not isinstance(backbone, ResNetBackbone) or backbone.size:
+        kind = f"{model} {backbone.size}" if backbone else model
         raise CheckpointError(
-            f"{file} is a {model}, which torchvision, detectron2 and mmdetection do not have: "
-            f"only {' and '.join(DEPTHS)} can be exported"
+            f"{file} is a {kind}, which torchvision, detectron2 and mmdetection do not have: "
+            f"only {' and '.join(DEPTHS)} of standard width can be exported"
         )
-    return model, weights
+    return model, backbone, weights
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ _OBSERVATION = {
     "study": "studies of the trained weights",
     "probe": "sizes of evaluations",
     "batch_norm": "of evaluations",
+    "strides": "of evaluations",
     "calibration_images": "of evaluations",
     "view": "of evaluations and monitors",
     "data.root": "the digest of the images is compared instead",
@@ -67,6 +68,10 @@ _LATER: dict[str, Any] = {
     "grid.yoked_jitter": False,
     "grid.scale": None,
     "grid.yoked_scale": False,
+    "model.backbone.last_stride": 2,
+    "model.backbone.stem": "imagenet",
+    "model.backbone.width": 1,
+    "strides": "standard",
 }
 
 
@@ -118,6 +123,22 @@ def repr_without_defaults(value: Any) -> str:
         if field.repr and not is_default:
             shown.append(f"{field.name}={of_field!r}")
     return f"{type(value).__qualname__}({', '.join(shown)})"
+
+
+def without_later(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns nested settings without those that came later and are as before.
+
+    What is written of a network is so read by earlier versions, too. `prefix` stands before the
+    names of the settings, such as `model.` for the settings of that group.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in config.items():
+        full_name = f"{prefix}{name}"
+        if _is_as_before(full_name, value):
+            continue
+        is_group = isinstance(value, Mapping)
+        kept[name] = without_later(value, f"{full_name}.") if is_group else value
+    return kept
 
 
 def _is_as_before(name: str, value: Any) -> bool:

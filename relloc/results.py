@@ -130,10 +130,12 @@ class Result(_Number):
         choice: which hyperparameters were chosen, and on which split; "" if none were.
         view: how images were cropped and resized. precision: the number format.
         batch_norm: which statistics the backbone used, "as_trained" or "recalibrated".
+        strides: "as_trained" if the backbone had strides of its own; "" for the standard ones.
     What it was measured of:
         checkpoint: a path, or "random" (weights as initialized), or "torchvision" (supervised), or
             "person" (a person answered, and there is no network).
-        model: the name of the architecture, "" for a person.
+        model: the name of the architecture, with settings of the backbone that differ from what
+            the name stands for, such as "resnet50 width=2"; "" for a person.
         fingerprint: hash of all constants, view and images; equal ones are not measured again.
         measured_in: the run folder that this row was copied from, if it was.
 
@@ -153,6 +155,7 @@ class Result(_Number):
     view: str = ""
     precision: str = ""
     batch_norm: str = "as_trained"
+    strides: str = ""
     fingerprint: str = ""
     measured_in: str = ""
 
@@ -176,7 +179,7 @@ class Result(_Number):
     @property
     def tracked_eval(self) -> str:
         """The evaluation's name in a tracker, such as `linear` or `linear_random_recalibrated`."""
-        return tracked_eval(self.eval, self.checkpoint, self.batch_norm)
+        return tracked_eval(self.eval, self.checkpoint, self.batch_norm, self.strides)
 
     @property
     def tracked_name(self) -> str:
@@ -189,13 +192,18 @@ class Result(_Number):
         return "/".join(part for part in parts if part)
 
 
-def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str) -> str:
-    """Returns the name in a tracker of an evaluation of `checkpoint` under `batch_norm`."""
+def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str, strides: str = "") -> str:
+    """Returns the name in a tracker of an evaluation of `checkpoint` under `batch_norm`.
+
+    `strides` is as in a `Result`.
+    """
     name = evaluation
     if checkpoint in NO_FILES:
         name += f"_{checkpoint}"
     if batch_norm == "recalibrated":
         name += "_recalibrated"
+    if strides == "as_trained":
+        name += "_strides_as_trained"
     return name
 
 
@@ -216,9 +224,13 @@ def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
     batch = list(rows)
     lines = []
     for number, row in enumerate(batch, start=1):
+        of_row = dataclasses.asdict(row)
+        # Most rows have none, and earlier versions read these.
+        if not row.strides:
+            del of_row["strides"]
         fields = {
             _FORMAT_KEY: FORMAT,
-            **dataclasses.asdict(row),
+            **of_row,
             _ROW_KEY: number,
             _ROW_COUNT_KEY: len(batch),
         }

@@ -85,6 +85,45 @@ def test_torchvision_loads_it_strictly_as_the_printed_lines_say(
         assert torch.equal(answer, torch.zeros(1, 10) if more else expected)
 
 
+def finer_file(folder: Path, **settings: Any) -> tuple[Path, ResNetBackbone]:
+    """A file of relloc with a ResNet-18 of settings of its own, and its backbone."""
+    torch.manual_seed(3)
+    backbone = ResNetBackbone(depth=18, **settings).eval()
+    node = {"_target_": "relloc.models.resnet.ResNetBackbone", "depth": 18, **settings}
+    file = folder / "finer.safetensors"
+    save_backbone(file, backbone, {"model": {"name": "resnet18", "backbone": node}})
+    return file, backbone
+
+
+@pytest.mark.parametrize("stem", ["stride_1", "no_pool"])
+def test_a_finer_network_loads_into_an_unchanged_resnet_and_gets_its_strides_by_printed_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stem: str
+) -> None:
+    file, backbone = finer_file(tmp_path, last_stride=1, stem=stem)
+    assert export(file, "--layout", "torchvision", "--out", tmp_path / "x.pth") == 0
+    lines = capsys.readouterr().out.splitlines()
+    code = [line for line in lines if line.startswith("model")]
+    loading = [line for line in code if "stride" not in line and "maxpool" not in line]
+    given: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
+    exec("\n".join(loading), given)
+    with torch.no_grad():
+        standard = given["model"].eval()(IMAGES)
+        assert torch.equal(standard, backbone.with_standard_strides().embed(IMAGES))
+        exec("\n".join(code[len(loading) :]), given)
+        own = given["model"](IMAGES)
+        assert torch.equal(own, backbone.embed(IMAGES))
+        assert not torch.equal(own, standard)
+
+
+def test_a_wider_network_is_refused_since_others_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = finer_file(tmp_path, width=0.25)
+    assert export(file, "--layout", "torchvision", "--out", tmp_path / "x.pth") == 2
+    assert "resnet18 width=0.25" in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()
+
+
 def test_detectron2_finds_what_its_own_converter_writes(
     run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,21 @@ def test_every_name_is_a_setting() -> None:
         name for command in ("train", "evaluate") for name in settings.compose(command).names()
     }
     known |= {"hydra", *settings.compose("train", ["data=folder"]).names()}
-    assert {*neutral._EXECUTION, *neutral._OBSERVATION, *neutral._LATER} - known == set()
+    known |= set(settings.compose("train", ["model=resnet50"]).names())
+    listed = {*neutral._EXECUTION, *neutral._OBSERVATION, *neutral._LATER}
+    assert listed - known == set()
+
+
+def test_later_settings_are_left_out_at_the_values_that_conf_has() -> None:
+    composed = settings.compose("train", ["model=resnet50"])
+    assert {name: composed.value(name) for name in neutral._LATER} == neutral._LATER
+    nested = {"backbone": {"depth": 50, "last_stride": 2, "width": 2}}
+    assert neutral.without_later(nested, "model.") == {"backbone": {"depth": 50, "width": 2}}
+    assert neutral.settings_of_run({"model": nested}) == {
+        "model": {"backbone": {"depth": 50, "width": 2}}
+    }
+    flat = {"model.backbone.last_stride": 2, "model.backbone.width": 2}
+    assert neutral.settings_of_weights(flat) == {"model.backbone.width": 2}
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,15 @@ def test_what_can_not_be_read_at_all_is_named(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
+def test_strides_are_in_the_file_only_where_a_network_had_its_own(tmp_path: Path) -> None:
+    rows = [row(), row(strides="as_trained", model="resnet50 last_stride=1")]
+    append_results(tmp_path, rows)
+    assert list(read_results(tmp_path)) == rows
+    standard, own = (tmp_path / RESULTS_FILE).read_text().splitlines()
+    assert "strides" not in json.loads(standard)
+    assert json.loads(own)["strides"] == "as_trained"
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -276,6 +285,7 @@ def test_what_can_not_be_read_at_all_is_named(tmp_path: Path) -> None:
         ({"eval": "knn", "layer": "avgpool", "metric": "top1_k20"}, "knn/avgpool/top1_k20"),
         ({"eval": "pretext", "layer": ""}, "pretext/top1"),
         ({"checkpoint": "/runs/random"}, "linear/feature4/top1"),
+        ({"strides": "as_trained"}, "linear_strides_as_trained/feature4/top1"),
     ],
 )
 def test_tracked_names_tell_what_is_compared(changes: dict[str, str], name: str) -> None:

@@ -45,6 +45,16 @@ model = dict(
 mmdetection 2.x: img_norm_cfg = dict(mean={mean}, std={std}, to_rgb=True)
 C4 detectors, whose head is stage 4: roi_head=dict(shared_head=dict(init_cfg=<the same>))"""
 
+# What gives torchvision's network the strides that a backbone was trained with, by its setting.
+_STRIDED = {"resnet18": "conv1", "resnet50": "conv2"}  # beside the shortcut, in the first block
+_OWN_STRIDES = {
+    "last_stride=1": (
+        "model.layer4[0].{strided}.stride = model.layer4[0].downsample[0].stride = (1, 1)"
+    ),
+    "stem=stride_1": "model.conv1.stride = (1, 1)",
+    "stem=no_pool": "model.maxpool = torch.nn.Identity()",
+}
+
 
 def file_content(
     layout: str, suffix: str, weights: Mapping[str, Tensor], classes: int | None
@@ -119,3 +129,23 @@ def advice(
     if file.suffix == ".safetensors":
         load = f"safetensors.torch.load_file('{file}')"
     return _TORCHVISION.format(**numbers, arguments=arguments, fc=fc, load=load)
+
+
+def strides_advice(layout: str, model: str, own_strides: str) -> str:
+    """Returns what to know of a file whose network was trained with strides of its own.
+
+    Args:
+        layout: one of `SUFFIXES`.
+        model: one of `DEPTHS`.
+        own_strides: the settings of these strides, such as "last_stride=1 stem=stride_1".
+    """
+    text = (
+        f"It was trained with {own_strides}. Strides are not in the file: the network that loads "
+        "it has the standard ones, as relloc.evaluate with strides=standard."
+    )
+    if layout != "torchvision":
+        return text
+    lines = [f"{text} Its own:"]
+    for setting in own_strides.split():
+        lines.append(_OWN_STRIDES[setting].format(strided=_STRIDED[model]))
+    return "\n".join(lines)

@@ -357,11 +357,16 @@ class EvaluatedModel:
 
     backbone: Backbone
     checkpoint: str  # its path, or "random" or "torchvision"; "person" where there is no network
-    model: str  # the name of the architecture, "" for a person
+    # The name of the architecture, with settings of the backbone that differ from what the name
+    # stands for, such as "resnet50 width=2"; "" for a person.
+    model: str
     # A digest of the backbone's tensors: results of equal weights can be used again, whatever file
     # the weights come from.
     weights: str
     pretext: PretextModel | None = None
+    # "as_trained" if the backbone has strides of its own; "" for the standard ones
+    strides: str = ""
+    details: tuple[str, ...] = ()  # facts about the network, for all of its results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -228,6 +228,7 @@ def evaluate(
     encode_config = first.named.encode_config(settings.encode_config)
     settings = dataclasses.replace(settings, encode_config=encode_config)
     backbone, details = _prepare_backbone(model.backbone, first, settings)
+    details = (*model.details, *details)
 
     live_train = live_held_out = NO_FEATURES
     cached_train = cached_held_out = NO_FEATURES
@@ -371,7 +372,7 @@ def _to_result(
     }
     for name, value in of_part.items():
         measured[name] = measured[name] or value
-    # The details are about the part's batch norm.
+    # The details are about the backbone, under the part's batch norm.
     if measured["batch_norm"] == part.batch_norm:
         measured["details"] = (*score.details, *details)
     return Result(
@@ -382,5 +383,6 @@ def _to_result(
         precision=_PRECISIONS[settings.encode_config.precision],
         checkpoint=model.checkpoint,
         model=model.model,
+        strides=model.strides,
         fingerprint=part.fingerprint,
     )

@@ -28,11 +28,17 @@ class Backbone(nn.Module, abc.ABC):
         pooled_sides: rows (and columns) of each stage's map after the pooling that evaluations
             apply (`relloc.features.pool`).
         embedding_dim: length of the vector that `embed` returns for each patch.
+        size: settings by which the network has other weights than the one that its name stands for,
+            such as "width=2"; "" for none.
+        own_strides: settings by which it has other strides, with the same weights, such as
+            "last_stride=1"; "" for none.
     """
 
     stage_channels: tuple[int, ...]
     pooled_sides: tuple[int, ...]
     embedding_dim: int
+    size: str = ""
+    own_strides: str = ""
 
     @abc.abstractmethod
     def layers_of_stages(self) -> Sequence[Sequence[nn.Module]]:
@@ -75,6 +81,13 @@ class Backbone(nn.Module, abc.ABC):
                 stage = nn.Sequential(*layers)
             stages[name] = stage
         return stages
+
+    def with_standard_strides(self) -> "Backbone":
+        """Returns a network of the same weights with the strides that other projects give them.
+
+        A network without strides of its own (`own_strides`) returns itself, others a copy.
+        """
+        return self
 
     def dilated(self) -> "Backbone":
         """Returns a copy whose last two stages keep the size of the map, for segmentation.

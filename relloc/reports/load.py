@@ -39,13 +39,15 @@ class Run:
 class Line:
     """What a line of a table is about: a checkpoint, and how it was evaluated.
 
-    `variant` names the run where other numbers of the same line were measured differently.
+    `variant` names the run where other numbers of the same line were measured differently. The
+    other fields are as in a `Result`.
     """
 
     checkpoint: str
     model: str
     batch_norm: str
     seed: int
+    strides: str = ""
     variant: str = ""
 
     @property
@@ -89,6 +91,7 @@ class Measured:
             model=row.model,
             batch_norm=row.batch_norm,
             seed=row.seed,
+            strides=row.strides,
             variant=self.variant,
         )
 

@@ -97,10 +97,14 @@ def command(line: Line, part: CardPart) -> str:
     words = [f"checkpoint={_quoted(line.checkpoint)}"]
     # A checkpoint of ours names its model, and settings at their defaults are left out
     if line.checkpoint in REFERENCE_MODELS:
-        words.append(f"model={line.model}")
+        model, *settings = line.model.split()
+        words.append(f"model={model}")
+        words += [f"model.backbone.{setting}" for setting in settings]
     words.append(f"eval={part.evaluation}")
     if line.batch_norm != "as_trained":
         words.append(f"batch_norm={line.batch_norm}")
+    if line.strides:
+        words.append(f"strides={line.strides}")
     if line.seed:
         words.append(f"seed={line.seed}")
     line_of_shell = shlex.join(["python", "-m", "relloc.evaluate", *words])

@@ -24,6 +24,7 @@ from relloc import neutral
 from relloc.data.packing import packing_of
 from relloc.data.views import Center
 from relloc.errors import UsageError
+from relloc.evaluation.strides import in_strides, strides_of
 from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
@@ -85,7 +86,8 @@ def pretraining(config: DictConfig) -> Pretraining:
     if settings.evaluations:
         backbone = _backbone_without_memory(json.dumps(given["model"]))
         for chosen in settings.evaluations:
-            chosen.evaluation.check_network(backbone)
+            for strides in strides_of(chosen.group, settings.strides):
+                chosen.evaluation.check_network(in_strides(backbone, strides))
     # Recalibration would estimate batch statistics from one image, which not every view allows.
     if settings.evaluations and "recalibrated" in settings.batch_norms and settings.view_batch == 1:
         check_one_image(settings.model.backbone(settings.seed), settings.view.crop_px)
@@ -155,6 +157,8 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     refuse_old_names(flatten(given))
     _check_tracking(**given["tracking"])
     batch_norm = given["batch_norm"]
+    # relloc.study has no such setting: studies look at a network in the strides that it has.
+    strides = given.get("strides", "as_trained")
     view = given["view"]
     # Settings of the engine are at the top of the config, under the names of its fields.
     engine = {field.name: given[field.name] for field in dataclasses.fields(EngineSettings)}
@@ -176,6 +180,7 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
+        "strides": [strides] if isinstance(strides, str) else strides,
         "reused_runs": Path(given["runs"]) if given["reuse"] else None,
         "missing_data": given["missing_data"],
         "report": given["report"],

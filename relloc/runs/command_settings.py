@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from relloc import checks
+from relloc import checks, neutral
 from relloc.data.order import StepPlan
 from relloc.data.packing import Packing
 from relloc.errors import UsageError
@@ -121,7 +121,8 @@ class Pretraining(RunSettings):
     @property
     def about(self) -> dict[str, Any]:
         """What a file of weights says of itself: the model's settings and those of its training."""
-        return {"model": dict(self.model.settings), "computed": dict(self.identity)}
+        model = neutral.without_later(self.model.settings, "model.")
+        return {"model": model, "computed": dict(self.identity)}
 
     def network(self, *, one_pass: bool = False) -> RelativeLocation:
         """Returns the backbone and its head, initialized with the seed.

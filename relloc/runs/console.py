@@ -268,6 +268,8 @@ def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], di
         # All our backbones have the same file name: of several, their runs are named.
         if weights == BACKBONE_FILE:
             weights = checkpoint.parent.name if len(run_names) > 1 else "pretrained"
+        if row.strides:
+            weights += f", strides {row.strides.replace('_', ' ')}"
         batch_norm = row.batch_norm.replace("_", " ")
         lines = table.setdefault(escaped(evaluation), {})
         values = lines.setdefault((escaped(weights), batch_norm), {})
@@ -302,7 +304,9 @@ def print_measured(rows: Sequence[Result]) -> None:
         # Rows of another variant are of another line of the table.
         is_in_table = row.table in tables and row.variant in ("", row.layer)
         if row.headline or is_in_table:
-            key = (row.layer, row.batch_norm.replace("_", " "))
+            statistics = row.batch_norm.replace("_", " ")
+            strides = f", strides {row.strides.replace('_', ' ')}" if row.strides else ""
+            key = (row.layer, statistics + strides)
             lines.setdefault(key, []).append(f"{row.metric} {_in_digits(row)}")
     for (layer, batch_norm), numbers in lines.items():
         evaluation = f"{rows[0].eval} {layer}".strip()

@@ -5,10 +5,11 @@ These are run folders and files of relloc, files of other projects, "random" for
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -28,12 +29,23 @@ from relloc.models.described import described_backbone
 from relloc.results import NO_FILES, PERSON
 from relloc.runs import console
 from relloc.runs.build import model_of_conf
-from relloc.runs.command_settings import Evaluating
+from relloc.runs.command_settings import Evaluating, Model
 from relloc.runs.pretext_models import pretext_model
 from relloc.tracking.unfinished import unfinished_training
 
 # The enumeration of weights in torchvision.models, by model.
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Architecture:
+    """A model without weights, which those for comparison are put into.
+
+    `make_backbone` takes the seed of initial weights; `name` is that of the model in conf/.
+    """
+
+    name: str
+    make_backbone: Callable[[int], Backbone]
 
 
 def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
@@ -51,22 +63,17 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     # Files first: they say which model the others are to have.
     names = settings.checkpoints
     files = [name for name in names if name not in NO_FILES]
-    loaded = {name: _from_file(settings, name) for name in files}
+    loaded: dict[str, EvaluatedModel] = {}
+    architectures: list[_Architecture] = []
+    for name in files:
+        loaded[name], architecture = _from_file(settings, name)
+        architectures.append(architecture)
     if settings.checkpoint_prefix is not None and not loaded:
         raise UsageError(
             f"checkpoint={','.join(names)} has no prefixes: leave checkpoint_prefix out"
         )
 
-    # Find the model of random and supervised weights.
-    sweep_files = files_of_sweep()
-    if loaded:
-        model = next(iter(loaded.values())).model
-    elif sweep_files and not settings.model:
-        model = _from_file(settings, sweep_files[0]).model
-    else:
-        model = "resnet50"
-
-    models = [loaded.get(name) or _control(settings, name, model) for name in names]
+    models = [loaded.get(name) or _control(settings, name, architectures) for name in names]
     if any(one.evaluation.wants_pretext for one in settings.evaluations):
         return [_with_pretext(each) for each in models]
     return models
@@ -86,8 +93,11 @@ def _with_pretext(model: EvaluatedModel) -> EvaluatedModel:
     return dataclasses.replace(model, pretext=pretext)
 
 
-def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
-    """Loads the backbone of a run folder or file: of `model=`, or else of what the file says."""
+def _from_file(settings: Evaluating, checkpoint: str) -> tuple[EvaluatedModel, _Architecture]:
+    """Loads the backbone of a run folder or file: of `model=`, or else of what the file says.
+
+    Its architecture is returned with it.
+    """
     # A training that is not finished has no backbone yet: say how far it is and how to go on.
     unfinished = unfinished_training(Path(checkpoint))
     if unfinished:
@@ -101,16 +111,28 @@ def _from_file(settings: Evaluating, checkpoint: str) -> EvaluatedModel:
     # model= of the command line may be any code of the user's. A file may come from a stranger: its
     # description may only choose among the models of relloc.
     if settings.model is not None:
-        name = settings.model.name
-        backbone = settings.model.backbone(settings.seed)
+        architecture = _architecture_of(settings.model)
     else:
         name = backbone_files.model_name(about, file)
-        backbone = described_backbone(about["model"], weights, str(file))
+        make_backbone = functools.partial(_described, about["model"], weights, str(file))
+        architecture = _Architecture(name=name, make_backbone=make_backbone)
+    backbone = architecture.make_backbone(settings.seed)
     fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})")
-    return make_evaluated_model(backbone, str(file), name)
+    return make_evaluated_model(backbone, str(file), architecture.name), architecture
 
 
-def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
+def _described(model: object, weights: Mapping[str, Tensor], origin: str, seed: int) -> Backbone:
+    """Returns the backbone that a file describes, initialized with the seed `seed`."""
+    # Layers draw their initial weights from the global generator of PyTorch.
+    torch.manual_seed(seed)
+    return described_backbone(model, weights, origin)
+
+
+def _architecture_of(model: Model) -> _Architecture:
+    return _Architecture(name=model.name, make_backbone=model.backbone)
+
+
+def _from_other_project(settings: Evaluating, file: Path) -> tuple[EvaluatedModel, _Architecture]:
     """Loads the weights of another project's file, whose layout is told by the names in it."""
     # `load_backbone` checks the hash of our own files; others may have one beside them too.
     check_hash(file)
@@ -120,7 +142,7 @@ def _from_other_project(settings: Evaluating, file: Path) -> EvaluatedModel:
     backbone = model.backbone(settings.seed)
     fill(backbone, layout.fitted(backbone.state_dict()), str(file))
     console.print_message(f"weights {file}: {layout}")
-    return make_evaluated_model(backbone, str(file), model.name)
+    return make_evaluated_model(backbone, str(file), model.name), _architecture_of(model)
 
 
 def _printable_name(about: Mapping[str, Any]) -> str:
@@ -132,15 +154,31 @@ def _printable_name(about: Mapping[str, Any]) -> str:
     return "model without a name"
 
 
-def _control(settings: Evaluating, name: str, default_model: str) -> EvaluatedModel:
-    """Makes a backbone for comparison: "random", or "torchvision" with supervised weights."""
+def _control(settings: Evaluating, name: str, of_files: Sequence[_Architecture]) -> EvaluatedModel:
+    """Makes a backbone for comparison: "random", or "torchvision" with supervised weights.
+
+    `of_files` are the architectures of the files that `checkpoint=` names.
+    """
     if name == PERSON:
         return EvaluatedModel(backbone=_NoBackbone(), checkpoint=PERSON, model="", weights=PERSON)
-    model = settings.model or model_of_conf(default_model)
-    backbone = model.backbone(settings.seed)
+    sweep_files = files_of_sweep()
+    if settings.model:
+        architecture = _architecture_of(settings.model)
+    elif of_files:
+        architecture = of_files[0]
+    elif sweep_files:
+        _, architecture = _from_file(settings, sweep_files[0])
+    else:
+        architecture = _architecture_of(model_of_conf("resnet50"))
     if name == "torchvision":
-        fill(backbone, supervised_weights(model.name), "torchvision's checkpoint")
-    return make_evaluated_model(backbone, name, model.name)
+        weights = supervised_weights(architecture.name)
+        # Supervised weights are of the standard network, whatever width and strides a file has.
+        model = settings.model or model_of_conf(architecture.name)
+        backbone = model.backbone(settings.seed)
+        fill(backbone, weights, "torchvision's checkpoint")
+    else:
+        backbone = architecture.make_backbone(settings.seed)
+    return make_evaluated_model(backbone, name, architecture.name)
 
 
 class _NoBackbone(Backbone):
@@ -157,12 +195,25 @@ class _NoBackbone(Backbone):
         raise TypeError("a person has no embedding")
 
 
-def make_evaluated_model(backbone: Backbone, checkpoint: str, model: str) -> EvaluatedModel:
-    """Returns a backbone as evaluations take it, with the digest of its weights."""
-    weights = backbone_files.digest(backbone.state_dict())
+def make_evaluated_model(
+    backbone: Backbone, checkpoint: str, model: str, details: tuple[str, ...] = ()
+) -> EvaluatedModel:
+    """Returns a backbone as evaluations take it, with the digest of its weights.
+
+    `model` is the name of the model in conf/, and `details` are of the file of its weights.
+    """
     return EvaluatedModel(
-        backbone=backbone, checkpoint=path_as_text(checkpoint), model=model, weights=weights
+        backbone=backbone,
+        checkpoint=path_as_text(checkpoint),
+        model=name_of_model(model, backbone),
+        weights=backbone_files.digest(backbone.state_dict()),
+        details=details,
     )
+
+
+def name_of_model(model: str, backbone: Backbone) -> str:
+    """Returns how results name a model of conf/ whose backbone may have another width."""
+    return f"{model} {backbone.size}".strip()
 
 
 def supervised_weights(model: str) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from relloc.evaluation.contract import (
     print_nothing,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
+from relloc.evaluation.strides import by_strides
 from relloc.features.source import EncodeConfig
 from relloc.files import write_json
 from relloc.pretext.stopping import stop_request
@@ -69,7 +70,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
     engine = resolve_engine(settings.engine)
     models = evaluated_models(settings)
     _refuse_all_without_head(models, settings.evaluations)
-    _check_networks(models, settings.evaluations)
+    _check_networks(models, settings)
     backbones = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
     answers = known_answers.applicable(backbones, names, settings.batch_norms)
@@ -116,9 +117,9 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
         )
         eval_settings = settings.eval_settings(engine)
         fingerprints: set[str] = set()
-        for model in models:
+        for model, looking in by_strides(models, evaluations, settings.strides):
             with _placed(model, engine):
-                fingerprints |= evaluate_model(model, evaluations, eval_settings, run)
+                fingerprints |= evaluate_model(model, looking, eval_settings, run)
         if folder is None:
             return
         # The folder may also hold rows of other commands, which are not shown.
@@ -202,11 +203,9 @@ def _refuse_all_without_head(
             )
 
 
-def _check_networks(
-    models: Sequence[EvaluatedModel], evaluations: Sequence[ChosenEvaluation]
-) -> None:
+def _check_networks(models: Sequence[EvaluatedModel], settings: Evaluating) -> None:
     """Raises `UsageError` where an evaluation can't work on one of the networks."""
-    for model in models:
+    for model, evaluations in by_strides(models, settings.evaluations, settings.strides):
         for chosen in evaluations:
             chosen.evaluation.check_network(model.backbone.eval())
 
@@ -357,7 +356,7 @@ def _log_of(model: EvaluatedModel, folder: RunFolder | None, part: EvalPart) -> 
     Their names begin as those of the part's results do in a tracker. Processes without the run
     folder write nothing.
     """
-    prefix = tracked_eval(part.named.name, model.checkpoint, part.batch_norm)
+    prefix = tracked_eval(part.named.name, model.checkpoint, part.batch_norm, model.strides)
     journal = Journal(folder.path) if folder else None
 
     def log(numbers: Mapping[str, float], step: int) -> None:

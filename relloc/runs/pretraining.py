@@ -23,9 +23,11 @@ from relloc.data.manifest import holds_pixels, read_manifest
 from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
 from relloc.evaluation.contract import BATCH_NORMS, NamedEvaluation
+from relloc.evaluation.strides import by_strides
 from relloc.files import path_as_text
 from relloc.geometry import ShortSide
 from relloc.models.backbone import Backbone
+from relloc.models.cost import multiplications
 from relloc.patches.picture import draw_patches
 from relloc.pretext.held_out import accuracy, count_hits, predict_positions
 from relloc.pretext.loop import Task
@@ -35,7 +37,7 @@ from relloc.runs import console, saving
 from relloc.runs.command_line import as_value
 from relloc.runs.command_settings import Pretraining
 from relloc.runs.engine import Engine, resolve_engine
-from relloc.runs.evaluated_models import make_evaluated_model
+from relloc.runs.evaluated_models import make_evaluated_model, name_of_model
 from relloc.runs.evaluating import (
     check_images,
     evaluate_model,
@@ -127,6 +129,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             console.print_message(
                 f"engine  {engine}; {quantity(plan.forward_images, 'image')} a forward"
             )
+            _report_strides(settings, training.task.model.backbone)
             _draw_patches(settings, data, folder)
             train_to_the_end(training, done, folder)
             # From here on rank 0 works alone.
@@ -213,7 +216,8 @@ def _words_of_evaluations(
     if settings.evaluations and names == _chosen_evaluations(invocation):
         used = settings.used_view_settings(BATCH_NORMS)
         shared = [name for name in shared if name.removeprefix("view.") in used]
-    for name in (*shared, "calibration_images", "seed"):
+    by_default["strides"] = content_of("evaluate")["strides"]
+    for name in (*shared, "calibration_images", "strides", "seed"):
         if of_run[name] != by_default[name]:
             words.append(f"{name}={as_value(of_run[name])}")
     return words
@@ -257,6 +261,20 @@ def _report_scaled_schedule(settings: Pretraining) -> None:
             f"schedule  {quantity(schedule.epochs, 'epoch')}, not the recipe's {recipe_epochs}: "
             f"{', '.join(scaled)}"
         )
+
+
+def _report_strides(settings: Pretraining, backbone: Backbone) -> None:
+    """Prints of a network with strides of its own what they cost, and how it is evaluated."""
+    if not backbone.own_strides:
+        return
+    patch_px = settings.patches.grid.patch_px
+    standard = multiplications(backbone.with_standard_strides(), patch_px)
+    factor = multiplications(backbone, patch_px) / standard
+    listed = " and ".join(strides.replace("_", " ") for strides in settings.strides)
+    console.print_message(
+        f"strides {backbone.own_strides}: {factor:.2f} times the multiplications of the standard "
+        f"ones on a patch of {patch_px} px; evaluated with strides {listed}"
+    )
 
 
 def make_plan(settings: Pretraining, data: Splits, engine: Engine) -> StepPlan:
@@ -399,6 +417,8 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
     folder.unreadable |= unreadable.reasons
     sources = [images.source(index) for index in indices]
     top1 = accuracy(count_hits(predicted), sources)
+    backbone = training.task.model.backbone
+    strides = (f"network with {backbone.own_strides}",) if backbone.own_strides else ()
     # Every fact about the number has a field of its own, so that reports need not parse words.
     row = Result(
         eval="pretext",
@@ -418,9 +438,10 @@ def _measure_pretext(training: Training, folder: RunFolder) -> None:
         details=(
             "center crop, eight pairs with the center, jitter and colors as in training",
             "95 % t interval, clustered by source image",
+            *strides,
         ),
         checkpoint=path_as_text(folder.path / backbone_files.BACKBONE_FILE),
-        model=settings.model.name,
+        model=name_of_model(settings.model.name, backbone),
     )
     append_results(folder.path, [row])
 
@@ -457,7 +478,6 @@ def _evaluate(
         reused_runs=settings.reused_runs,
     )
     for checkpoint, backbone in ((weights, trained), ("random", untrained)):
-        engine.place(backbone)
         model = make_evaluated_model(backbone, checkpoint, settings.model.name)
         if backbone is trained and any(each.evaluation.wants_pretext for each in measurable):
             # A network with ordinary batch norm too, with the head that was trained.
@@ -466,4 +486,6 @@ def _evaluate(
             engine.place(network)
             pretext = make_pretext_model(network, settings.patches)
             model = dataclasses.replace(model, pretext=pretext)
-        evaluate_model(model, measurable, settings.eval_settings(engine), run)
+        for variant, looking in by_strides([model], measurable, settings.strides):
+            engine.place(variant.backbone)
+            evaluate_model(variant, looking, settings.eval_settings(engine), run)

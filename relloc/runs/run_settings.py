@@ -10,6 +10,7 @@ from relloc.data.image_set import Splits
 from relloc.data.views import Center
 from relloc.errors import MissingData, UsageError
 from relloc.evaluation.contract import BATCH_NORMS, EvalSettings, Evaluation, NamedEvaluation
+from relloc.evaluation.strides import STRIDES
 from relloc.features.source import EncodeConfig, encode
 from relloc.runs import console
 from relloc.runs.data_sets import DATA_PAGE, DataSet
@@ -42,7 +43,8 @@ class RunSettings:
     `view` crops and resizes whole images, of which `view_batch` are encoded at once. Results of
     other runs in the folder `reused_runs` are used again. `missing_data` says what becomes of an
     evaluation whose data set is not there: "error" ends the run, "skip" leaves the evaluation out.
-    With `report` the run ends in the report of its results beside the published ones.
+    With `report` the run ends in the report of its results beside the published ones. `batch_norms`
+    and `strides` say in which statistics and which strides a network is evaluated.
     """
 
     seed: int
@@ -52,6 +54,7 @@ class RunSettings:
     view: Center
     view_batch: int
     batch_norms: Sequence[str]
+    strides: Sequence[str]
     calibration_images: int
     bank_gib: float
     save_every_s: float
@@ -64,6 +67,7 @@ class RunSettings:
         checks.one_of("missing_data", self.missing_data, MISSING_DATA)
         checks.whole("view.batch", self.view_batch)
         checks.some_of("batch_norm", self.batch_norms, BATCH_NORMS)
+        checks.some_of("strides", self.strides, STRIDES)
         checks.whole("calibration_images", self.calibration_images)
         checks.number("bank_gib", self.bank_gib, at_least=0, at_most=math.inf)
         checks.number("save_every_s", self.save_every_s, at_least=0, at_most=math.inf)

@@ -15,10 +15,12 @@ from torch import nn
 
 from relloc import checks
 from relloc.data.image_set import ImageSet
+from relloc.errors import UsageError
 from relloc.evaluation.contract import Context
+from relloc.models.backbone import Backbone
 from relloc.results import Score
 from relloc.transfer import order
-from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings
+from relloc.transfer.detection.mask_rcnn import MaskRCNNFPN, MaskRcnnSettings, level_strides
 from relloc.transfer.detection.samples import RandomSizes
 from relloc.transfer.detection.training import AnnotatedImage, DetectionFineTuning
 from relloc.transfer.detections import Detections
@@ -136,6 +138,16 @@ class CocoMaskRcnnFpn1x(DetectionFineTuning[ImageOfId]):
             warmup=self.warmup * length / _PUBLISHED_ITERATIONS,
             warmup_from=self.warmup_from,
         )
+
+    def check_network(self, backbone: Backbone) -> None:
+        strides = level_strides(backbone)
+        expected = [strides[0] * 2**number for number in range(len(strides))]
+        if backbone.own_strides and strides != expected:
+            raise UsageError(
+                f"{_SETTING}: with {backbone.own_strides} the maps of the network have strides of "
+                f"{', '.join(map(str, strides))} px, and those of a feature pyramid double from "
+                "one to the next: give strides=standard"
+            )
 
     def make_network(self, context: Context) -> nn.Module:
         settings = MaskRcnnSettings()

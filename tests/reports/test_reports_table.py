@@ -411,6 +411,23 @@ def test_a_command_can_be_given_as_it_is_printed() -> None:
     }
 
 
+def test_a_command_of_a_finer_network_makes_and_sees_it_so() -> None:
+    line = Line(
+        checkpoint="random",
+        model="resnet50 width=2 last_stride=1",
+        batch_norm="as_trained",
+        seed=0,
+        strides="as_trained",
+    )
+    words = shlex.split(command(line, card_parts()[0]), comments=True)
+    assert set(words) >= {
+        "model=resnet50",
+        "model.backbone.width=2",
+        "model.backbone.last_stride=1",
+        "strides=as_trained",
+    }
+
+
 def test_lines_that_are_not_on_the_card_get_one_sentence(result: Callable[..., Result]) -> None:
     elsewhere = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, n=300)
     small = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, model="small")

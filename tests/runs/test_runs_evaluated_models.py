@@ -93,10 +93,10 @@ def test_a_network_whose_maps_are_too_small_for_a_study_is_refused() -> None:
     large = of_study(*words)
     models = evaluated_models(large)
     before = {name: tensor.clone() for name, tensor in models[0].backbone.state_dict().items()}
-    _check_networks(models, large.evaluations)
+    _check_networks(models, large)
     small = of_study(*words, "view.short_px=64", "view.crop_px=56")
     with pytest.raises(UsageError, match=r"study\.shortcuts\.layers"):
-        _check_networks(models, small.evaluations)
+        _check_networks(models, small)
     # The running statistics of batch norm are as they were.
     for name, tensor in models[0].backbone.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -131,6 +131,24 @@ def test_random_weights_of_a_sweep_are_of_the_model_of_its_other_points(
     monkeypatch.setenv("RELLOC_SWEEP_CHECKPOINTS", json.dumps(["random", str(tmp_path)]))
     assert named(composed("checkpoint=random")).model == "resnet18"
     assert named(composed("checkpoint=random", "model=small")).model == "small"
+
+
+def test_random_weights_beside_a_file_have_its_width_and_strides(
+    tmp_path: Path,
+) -> None:
+    finer = {**RESNET_18["backbone"], "width": 0.125, "last_stride": 1}
+    torch.manual_seed(5)
+    trained = ResNetBackbone(depth=18, width=0.125, last_stride=1)
+    save_backbone(tmp_path / BACKBONE_FILE, trained, {"model": {**RESNET_18, "backbone": finer}})
+    settings = composed(f"checkpoint=[{tmp_path},random]", "seed=3")
+    file, random = evaluated_models(settings)
+    assert file.weights == digest(trained.state_dict())
+    torch.manual_seed(3)
+    expected = ResNetBackbone(depth=18, width=0.125, last_stride=1)
+    assert random.weights == digest(expected.state_dict())
+    for model in (file, random):
+        assert model.model == "resnet18 width=0.125"
+        assert model.backbone.own_strides == "last_stride=1"
 
 
 def test_our_run_folder_is_the_same_subject_as_the_same_weights_elsewhere(

@@ -20,6 +20,7 @@ from relloc.data.image_set import Splits
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context
 from relloc.features.source import EncodeConfig
+from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.results import Score
 from relloc.transfer import coco_mask_rcnn_fpn_1x
@@ -240,6 +241,15 @@ def test_shorter_trainings_have_them_in_proportion() -> None:
 def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         evaluation(**changes)
+
+
+def test_maps_whose_strides_do_not_double_are_refused() -> None:
+    one = evaluation()
+    with torch.device("meta"):
+        finer = ResNetBackbone(depth=18, width=0.125, last_stride=1).eval()
+    with pytest.raises(UsageError, match="last_stride=1 .* 4, 8, 16, 16 px.* strides=standard"):
+        one.check_network(finer)
+    one.check_network(finer.with_standard_strides())
 
 
 def test_the_network_has_the_settings_of_the_card(tmp_path: Path) -> None:

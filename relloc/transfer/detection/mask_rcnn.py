@@ -68,6 +68,15 @@ class MaskRcnnSettings:
         checks.whole("hidden", self.hidden)
 
 
+def level_strides(backbone: Backbone) -> list[int]:
+    """Returns the strides in pixels of the maps that a pyramid is made of, the finest first."""
+    stages = list(backbone.stages().values())
+    strides = []
+    for number in range(_FIRST_LEVEL_STAGE, len(stages)):
+        strides.append(stride_of(nn.Sequential(*stages[: number + 1])))
+    return strides
+
+
 class MaskRCNNFPN(nn.Module):
     """Mask R-CNN on a pyramid of the last four stages of a backbone.
 
@@ -100,9 +109,7 @@ class MaskRCNNFPN(nn.Module):
         stages = copied_stages(backbone)
         self.trunk = nn.ModuleList(stages)
 
-        strides = []
-        for number in range(_FIRST_LEVEL_STAGE, len(stages)):
-            strides.append(stride_of(nn.Sequential(*stages[: number + 1])))
+        strides = level_strides(backbone)
         self.strides = [*strides, 2 * strides[-1]]
         self._grid = AnchorGrid(
             strides=self.strides,

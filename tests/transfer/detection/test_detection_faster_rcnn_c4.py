@@ -47,6 +47,16 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def test_a_last_stage_of_stride_1_sees_regions_of_all_their_cells() -> None:
+    torch.manual_seed(1)
+    backbone = ResNetBackbone(depth=18, width=0.125, last_stride=1)
+    network = FasterRCNNC4(backbone, 3, LITTLE, seed=0).eval()
+    assert network.stride == 16
+    assert network.stage5(torch.randn(1, 32, 14, 14)).shape == (1, 64, 14, 14)
+    [found] = network.detect(torch.randn(1, 3, 96, 128), [(96, 128)])
+    assert found.boxes.isfinite().all()
+
+
 def test_parameters_on_resnet50_are_those_of_the_protocol() -> None:
     network = FasterRCNNC4(resnet50(), 20, C4Settings(), seed=0)
     assert network.stride == 16
