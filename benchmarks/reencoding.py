@@ -22,7 +22,7 @@ from relloc.errors import UsageError
 from relloc.features.pool import pooled_layers
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext import relative_location
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.results import LAYERS
 from relloc.runs import build
 from relloc.seeds import Use, seed_for
@@ -59,7 +59,7 @@ def main() -> None:
     tell("re-encoding", rows, {}, options.json, settings=vars(options))
 
 
-def _network(run: str) -> tuple[relative_location.RelativeLocation, PatchPipeline]:
+def _network(run: str) -> tuple[RelativeLocation, PatchPipeline]:
     file = Path(run) / "config.yaml"
     config = OmegaConf.load(file)
     if not isinstance(config, DictConfig):
@@ -79,28 +79,29 @@ def _pixels(samples: Crops | Views) -> torch.Tensor:
 
 @torch.no_grad()
 def _asked(
-    model: relative_location.RelativeLocation,
+    model: RelativeLocation,
     patches: PatchPipeline,
     pixels: torch.Tensor,
     name: str,
 ) -> dict[str, object]:
-    generator, logits = torch.Generator().manual_seed(0), []
+    generator, questions = torch.Generator().manual_seed(0), model.questions
+    outputs, truths = [], []
     for images in pixels.split(BATCH):
-        logits.append(model(patches(images, generator)))
-    answers = torch.cat(logits)
-    top1 = 100 * relative_location.hits(answers).float().mean().item() / answers.shape[1]
+        drawn = patches.draw(len(images), generator)
+        outputs.append(model(patches.make(images, *drawn)))
+        truths.append(questions.truth(*drawn))
+    answers, truth = torch.cat(outputs), torch.cat(truths)
+    top1 = 100 * questions.hits(answers, truth).float().mean().item() / questions.n_questions
     return {
         "source": name,
         "images": len(pixels),
-        "loss": relative_location.loss(answers).item(),
+        "loss": questions.loss(answers, truth).item(),
         "top-1 %": top1,
     }
 
 
 @torch.no_grad()
-def _turned(
-    model: relative_location.RelativeLocation, one: torch.Tensor, other: torch.Tensor
-) -> dict[str, float]:
+def _turned(model: RelativeLocation, one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     sums = dict.fromkeys(LAYERS, 0.0)
     for pair in zip(one.split(BATCH), other.split(BATCH), strict=True):
         features = [

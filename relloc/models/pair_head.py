@@ -1,7 +1,13 @@
-"""Heads that classify where a neighbor patch lies relative to the center patch.
+"""Heads that answer questions about several patches, such as where one lies relative to another.
 
-Each (neighbor, center) pair of embeddings becomes eight logits, one for each relative location.
+The embeddings of the patches of a question become logits, one for each answer. Which patches belong
+together, and in which order, is decided by the caller: a head takes the embeddings by the part that
+their patches have in questions, and a function that adds up what belongs to a question
+(`select` and `combine` of `relloc.pretext.questions`). Of a pair the parts are the neighbor and the
+center.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,22 +16,27 @@ from torch.nn.functional import linear
 
 from relloc.geometry import NEIGHBORS
 
-NeighborEmbeddings = Float[Tensor, "b 8 d"]  # image, neighbor, embedding
-CenterEmbeddings = Float[Tensor, "b d"]  # image, embedding
-Logits = Float[Tensor, "b 8 8"]  # image, pair, label
-DropoutMask = Bool[Tensor, "b 8 h"]  # image, pair, hidden unit: True where the unit is kept
+# For each part in questions: the embeddings of the patches that have it, images first
+Parts = Sequence[Float[Tensor, "b *_"]]
+Combine = Callable[[Sequence[Tensor]], Float[Tensor, "b questions h"]]
+Logits = Float[Tensor, "b questions answers"]
+# image, question, hidden unit: True where the unit is kept
+DropoutMask = Bool[Tensor, "b questions h"]
 
 
 class PairHead(nn.Module):
     """mmselfsup's neck and head: linear, batch norm, ReLU, dropout, linear (docs/protocols.md 2.1).
 
-    The input of the first layer is the concatenation [neighbor, center]. Weights are drawn from
-    normal distributions with standard deviations `neck_std` and `head_std`; biases are zero, but
-    for `neck_bias` of the first layer. With `embed_dim`, a further linear layer is applied to each
-    patch before, as in google 2019; None leaves it out.
+    The input of the first layer is the concatenation of the patches of a question, of a pair
+    [neighbor, center]. Weights are drawn from normal distributions with standard deviations
+    `neck_std` and `head_std`; biases are zero, but for `neck_bias` of the first layer. With
+    `embed_dim`, a further linear layer is applied to each patch before, as in google 2019; None
+    leaves it out.
 
     `dropout` is the probability that a hidden unit is dropped. The mask is drawn by
     `draw_dropout_mask` and passed to `forward`, so that randomness is keyed by the caller.
+    `n_patches`, `n_questions` and `n_outputs` are those of `relloc.pretext.questions.Questions`, by
+    default those of the eight pairs with the center.
     """
 
     def __init__(
@@ -39,16 +50,20 @@ class PairHead(nn.Module):
         head_std: float,
         neck_bias: float = 0.0,
         embed_dim: int | None = None,
+        n_patches: int = 2,
+        n_questions: int = len(NEIGHBORS),
+        n_outputs: int = len(NEIGHBORS),
     ) -> None:
         super().__init__()
-        # The first linear layer sees two patches, each after `embed` if there is one.
+        # The first linear layer sees several patches, each after `embed` if there is one.
         patch_dim = embed_dim or embedding_dim
         self.embed = nn.Linear(embedding_dim, embed_dim) if embed_dim else nn.Identity()
-        joint = nn.Linear(2 * patch_dim, hidden_dim)
+        joint = nn.Linear(n_patches * patch_dim, hidden_dim)
         norm = nn.BatchNorm1d(hidden_dim, momentum=batch_norm_momentum)
         self.neck = nn.Sequential(joint, norm, nn.ReLU())
         self.dropout = dropout
-        self.answer = nn.Linear(hidden_dim, len(NEIGHBORS))
+        self.n_questions = n_questions
+        self.answer = nn.Linear(hidden_dim, n_outputs)
         for layer, std in ((joint, neck_std), (self.answer, head_std)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -59,12 +74,12 @@ class PairHead(nn.Module):
         n_images: int,
         generator: torch.Generator,
     ) -> DropoutMask | None:
-        """Returns which hidden units dropout keeps for each pair, or None without dropout."""
+        """Returns which hidden units dropout keeps for each question, or None without dropout."""
         if not self.dropout:
             return None
         hidden_dim = self.answer.in_features
         mask = torch.empty(
-            (n_images, len(NEIGHBORS), hidden_dim),
+            (n_images, self.n_questions, hidden_dim),
             dtype=torch.bool,
             device=generator.device,
         )
@@ -72,22 +87,22 @@ class PairHead(nn.Module):
 
     def forward(
         self,
-        neighbors: NeighborEmbeddings,
-        centers: CenterEmbeddings,
+        parts: Parts,
+        combine: Combine,
         dropout_mask: DropoutMask | None = None,
     ) -> Logits:
-        """Returns logits over the eight labels for each (neighbor, center) pair.
+        """Returns logits over the answers to each question.
 
         `dropout_mask` acts in training mode alone.
         """
         joint, norm, relu = self.neck
-        hidden = _linear_on_pairs(
+        hidden = _linear_on_questions(
             joint.weight,  # pyright: ignore[reportArgumentType]
             joint.bias,  # pyright: ignore[reportArgumentType]
-            self.embed(neighbors),
-            self.embed(centers),
+            [self.embed(part) for part in parts],
+            combine,
         )
-        # Batch norm takes rows, so the pairs of all images become one dimension, and two again.
+        # Batch norm takes rows, so the questions of all images become one dimension, and two again.
         normalized = norm(hidden.flatten(0, 1))
         hidden = relu(normalized).unflatten(0, hidden.shape[:2])
         if self.training and dropout_mask is not None:
@@ -99,15 +114,24 @@ class PairHead(nn.Module):
 class AlexNetPairHead(nn.Module):
     """The paper's head: fc7 with batch norm (no scale and shift) and ReLU, fc8 with ReLU, fc9.
 
-    The settings are those of docs/protocols.md 2.1, column deepcontext.
+    The settings are those of docs/protocols.md 2.1, column deepcontext; `n_patches` and `n_outputs`
+    are as in `PairHead`, and `n_questions` decides nothing here.
     """
 
-    def __init__(self, *, embedding_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        hidden_dim: int,
+        n_patches: int = 2,
+        n_questions: int = len(NEIGHBORS),
+        n_outputs: int = len(NEIGHBORS),
+    ) -> None:
         super().__init__()
-        self.fc7 = nn.Linear(2 * embedding_dim, hidden_dim)
+        self.fc7 = nn.Linear(n_patches * embedding_dim, hidden_dim)
         self.norm = nn.BatchNorm1d(hidden_dim, affine=False)
         self.fc8 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc9 = nn.Linear(hidden_dim, len(NEIGHBORS))
+        self.fc9 = nn.Linear(hidden_dim, n_outputs)
         for layer in (self.fc7, self.fc8, self.fc9):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -121,35 +145,34 @@ class AlexNetPairHead(nn.Module):
 
     def forward(
         self,
-        neighbors: NeighborEmbeddings,
-        centers: CenterEmbeddings,
+        parts: Parts,
+        combine: Combine,
         dropout_mask: None = None,
     ) -> Logits:
-        """Returns logits over the eight labels for each (neighbor, center) pair."""
-        hidden = _linear_on_pairs(
-            self.fc7.weight,
-            self.fc7.bias,
-            neighbors,
-            centers,
-        )
-        # Batch norm takes rows: one for each pair of each image.
+        """Returns logits over the answers to each question."""
+        hidden = _linear_on_questions(self.fc7.weight, self.fc7.bias, parts, combine)
+        # Batch norm takes rows: one for each question of each image.
         fc7 = self.norm(hidden.flatten(0, 1)).relu()
         fc8 = self.fc8(fc7).relu()
-        return self.fc9(fc8).unflatten(0, neighbors.shape[:2])
+        return self.fc9(fc8).unflatten(0, hidden.shape[:2])
 
 
-def _linear_on_pairs(
+def _linear_on_questions(
     weight: Tensor,
     bias: Tensor,
-    neighbors: NeighborEmbeddings,
-    centers: CenterEmbeddings,
-) -> Float[Tensor, "b 8 h"]:
-    """Applies a linear layer to the concatenation [neighbor, center] of each pair.
+    parts: Parts,
+    combine: Combine,
+) -> Float[Tensor, "b questions h"]:
+    """Applies a linear layer to the concatenated patches of each question.
 
-    A linear layer of a concatenation is the sum of two linear layers. So the center's half is
-    computed once for an image instead of once for each of its eight pairs.
+    A linear layer of a concatenation is the sum of linear layers of its parts. So each patch is
+    multiplied once for each part that it has in questions, instead of once for each question: the
+    center of eight pairs once for an image, and the nine patches of 72 pairs twice each.
     """
-    neighbor_weight, center_weight = weight.chunk(2, dim=1)
-    from_neighbors = linear(neighbors, neighbor_weight)
-    from_centers = linear(centers, center_weight, bias)
-    return from_neighbors + from_centers.unsqueeze(1)
+    weights = weight.chunk(len(parts), dim=1)
+    projected = []
+    for place, (part, weight_of_part) in enumerate(zip(parts, weights, strict=True)):
+        # Each question has the bias once, with its last part.
+        is_last = place == len(parts) - 1
+        projected.append(linear(part, weight_of_part, bias if is_last else None))
+    return combine(projected)

@@ -8,9 +8,8 @@ from torch import nn
 from relloc.errors import UsageError
 from relloc.optimization import all_finite
 from relloc.pretext.loop import Progress
-from relloc.pretext.relative_location import CHANCE_LOSS
 
-_AT_CHANCE = 0.01  # a loss within this distance of CHANCE_LOSS counts as chance
+_AT_CHANCE = 0.01  # a loss within this distance of that of chance counts as chance
 
 
 class Diverged(UsageError):
@@ -24,6 +23,7 @@ class Alarm:
     same probability, and the loss stays at log 8.
 
     Args:
+        chance_loss: the loss of a network that does not look at the patches.
         collapse_steps: how many optimizer steps the loss has to stay at chance before the warning.
         first_step: the step from which this process trains, where counting begins.
         warn: is called with the text of the warning.
@@ -32,10 +32,12 @@ class Alarm:
     def __init__(
         self,
         *,
+        chance_loss: float,
         collapse_steps: int,
         first_step: int,
         warn: Callable[[str], None],
     ) -> None:
+        self.chance_loss = chance_loss
         self.collapse_steps = collapse_steps
         self.warn = warn
         self._last_step_off_chance = first_step
@@ -51,7 +53,7 @@ class Alarm:
             where = f"at step {progress.step} (learning rate {progress.lr:g})"
             raise Diverged(f"the loss is {progress.loss} {where}")
         # Steps are counted from the last report whose loss differed from chance, up or down.
-        distance = abs(progress.loss - CHANCE_LOSS)
+        distance = abs(progress.loss - self.chance_loss)
         if distance >= _AT_CHANCE:
             self._last_step_off_chance = progress.step
             return
@@ -59,10 +61,10 @@ class Alarm:
         if steps_at_chance >= self.collapse_steps and not self._has_warned:
             self._has_warned = True
             self.warn(
-                f"alarm   the loss has stayed at log 8 = {CHANCE_LOSS:.3f} for {steps_at_chance} "
-                "steps: the network answers at chance. If that goes on, try a lower optimizer.lr, "
-                "a longer schedule.warmup_epochs, or an easier question (a smaller grid.gap_px, "
-                "color=gray)"
+                f"alarm   the loss has stayed at {self.chance_loss:.3f}, that of guessing, for "
+                f"{steps_at_chance} steps: the network answers at chance. If that goes on, try a "
+                "lower optimizer.lr, a longer schedule.warmup_epochs, or an easier question (a "
+                "smaller grid.gap_px, color=gray)"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relloc.files import writing
 from relloc.geometry import CELLS, CENTER, CHANCE_PERCENT, NEIGHBORS
-from relloc.pretext.relative_location import POSITIONS
+from relloc.pretext.questions import POSITIONS
 
 _ARROWS = dict(zip(POSITIONS, "↖↑↗←→↙↓↘", strict=True))
 _ROW_LABELS = [f"{position} {arrow}".replace("_", " ") for position, arrow in _ARROWS.items()]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from jaxtyping import Int, Num
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from relloc.pretext.relative_location import N_PAIRS, RelativeLocation
+from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.questions import CENTER_PAIRS, Questions
 from relloc.seeds import Use, seed_for
 
 # The label of the position that the network predicts for each of the eight pairs of an image
@@ -20,12 +21,12 @@ PredictedPositions = Int[Tensor, "n 8"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Top-1 accuracy over all pairs, with the ends of its 95 % interval; all in percent."""
+    """Top-1 accuracy over all questions, with the ends of its 95 % interval; all in percent."""
 
     percent: float
     low: float
     high: float
-    n_pairs: int
+    n_questions: int
 
 
 @contextlib.contextmanager
@@ -42,10 +43,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def predict_positions(
-    model: RelativeLocation,
+def answers(
+    model: nn.Module,
+    questions: Questions,
     batches: Iterable[Tensor],
-    patches: Callable[[Tensor, torch.Generator], Tensor],
+    patches: PatchPipeline,
+    *,
+    seed: int,
+    device: torch.device,
+    bf16: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the outputs of the model in eval mode, and what is right, for each batch of images.
+
+    `batches` are uint8 (b 3 s s), and `patches` makes patches of them. All random numbers of the
+    patches come from one generator seeded by `seed` alone, so that every checkpoint gets the same
+    questions.
+    """
+    generator = torch.Generator(device).manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
+    with evaluating(model):
+        # The generator goes on from batch to batch: random numbers depend on the order of images.
+        for images in batches:
+            on_device = images.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                drawn = patches.draw(len(images), generator)
+                outputs = model(patches.make(on_device, *drawn))
+            yield outputs, questions.truth(*drawn)
+
+
+def predict_positions(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    patches: PatchPipeline,
     *,
     seed: int,
     device: torch.device,
@@ -53,59 +81,55 @@ def predict_positions(
 ) -> PredictedPositions:
     """Returns the labels that the model, in eval mode, predicts for the eight pairs of each image.
 
-    The right label of pair i is i. `batches` are uint8 (b 3 s s), and `patches` makes patches of
-    them. All random numbers of the patches come from one generator seeded by `seed` alone, so that
-    every checkpoint gets the same questions.
+    The model is asked about `CENTER_PAIRS`, so that the right label of pair i is i. The arguments
+    are those of `answers`.
     """
-    generator = torch.Generator(device).manual_seed(seed_for(Use.HELD_OUT_PATCHES, seed))
     labels_of_batches = []
-    with evaluating(model):
-        # The generator goes on from batch to batch: random numbers depend on the order of images.
-        for images in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                on_device = images.to(device, non_blocking=True)
-                logits = model(patches(on_device, generator))
-            labels = logits.argmax(dim=2)
-            labels_of_batches.append(labels.cpu())
+    answered = answers(model, CENTER_PAIRS, batches, patches, seed=seed, device=device, bf16=bf16)
+    for logits, _ in answered:
+        labels_of_batches.append(logits.argmax(dim=2).cpu())
     return torch.cat(labels_of_batches)
 
 
 def count_hits(predicted: PredictedPositions) -> Int[Tensor, "n"]:
     """Returns the number of right answers (0 to 8) for each image."""
-    right = torch.arange(N_PAIRS)
+    right = torch.arange(CENTER_PAIRS.n_questions)
     return (predicted == right).sum(dim=1)
 
 
 def confusion(predicted: PredictedPositions) -> Int[Tensor, "8 8"]:
     """Returns the confusion matrix: counts by true position (row) and predicted one (column)."""
-    true_positions = torch.arange(N_PAIRS)
+    n_positions = CENTER_PAIRS.n_outputs
+    true_positions = torch.arange(n_positions)
     # Each (true, predicted) pair gets a number of its own, 0 to 63, of which occurrences are
     # counted.
-    cells = true_positions * N_PAIRS + predicted
-    counts = cells.flatten().bincount(minlength=N_PAIRS * N_PAIRS)
-    return counts.reshape(N_PAIRS, N_PAIRS)
+    cells = true_positions * n_positions + predicted
+    counts = cells.flatten().bincount(minlength=n_positions * n_positions)
+    return counts.reshape(n_positions, n_positions)
 
 
-def accuracy(hits: Int[Tensor, "n"], sources: Sequence[str]) -> Accuracy:
+def accuracy(
+    hits: Int[Tensor, "n"], sources: Sequence[str], *, n_questions: int = CENTER_PAIRS.n_questions
+) -> Accuracy:
     """Returns the accuracy with an interval that treats images of one source as one observation.
 
-    The eight pairs of an image share its center, and tiles of a photograph share pixels. An
+    The questions about an image share patches, and tiles of a photograph share pixels. An
     interval that took them as independent would be too narrow. The interval is Student's t on the
     linearized variance of a ratio of cluster totals (Cochran, Sampling Techniques, 3rd ed., 6.3).
     With a single source nothing is known of others, and the interval is 0 to 100.
 
     Args:
-        hits: right answers (0 to 8) of each image, as `count_hits` gives them.
+        hits: number of right answers of each image, as `count_hits` gives them.
         sources: a name for each image; images with the same name are of one source.
+        n_questions: how many questions each image gave.
     """
-    n_pairs = len(hits) * N_PAIRS
-    pairs_of_image = np.full(len(hits), N_PAIRS)
-    share, half_width = clustered_ratio(hits.numpy(), pairs_of_image, sources)
+    asked_of_image = np.full(len(hits), n_questions)
+    share, half_width = clustered_ratio(hits.numpy(), asked_of_image, sources)
     return Accuracy(
         percent=100 * share,
         low=100 * max(0.0, share - half_width),
         high=100 * min(1.0, share + half_width),
-        n_pairs=n_pairs,
+        n_questions=len(hits) * n_questions,
     )
 
 

@@ -15,19 +15,18 @@ from torch import Tensor
 
 from relloc import ranks
 from relloc.optimization import Gradients, StepReport, StepsDone, run_steps
-from relloc.pretext import relative_location
 from relloc.pretext.feed import Images
 from relloc.pretext.graphed import Graphed
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.pretext.schedule import Schedule
 
-Sums = Float[
-    Tensor, "3"
-]  # sum of the losses of all pairs, number of right answers, number of pairs
+# Sum of the losses of all questions, number of right answers, number of questions
+Sums = Float[Tensor, "3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A report of the training: means over the pairs of all steps since the last report.
+    """A report of the training: means over the questions of all steps since the last report.
 
     `step` counts the optimizer steps done so far, `top1` is in percent, and `lr` is the rate of the
     last step.
@@ -46,7 +45,7 @@ class Task:
 
     Args:
         model: the model that is trained.
-        network: `model`, or its compiled form; gives logits.
+        network: `model`, or its compiled form; gives outputs for questions.
         optimizer: holds the initial learning rates, which `schedule` multiplies.
         schedule: number of epochs and course of the learning rate.
         draw: makes the random numbers for the patches of a number of images, given a generator and
@@ -62,7 +61,7 @@ class Task:
     A forward consists of ghost batches of `model.images_per_batch_norm` images each.
     """
 
-    model: relative_location.RelativeLocation
+    model: RelativeLocation
     network: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -112,13 +111,13 @@ def train(
     stepper = Stepper(task)
 
     def report_means(totals: StepReport) -> None:
-        # Means over pairs and not over forwards, which may have unequal sizes.
-        loss, hits, pairs = totals.sums
+        # Means over questions and not over forwards, which may have unequal sizes.
+        loss, hits, asked = totals.sums
         progress = Progress(
             step=totals.step,
             epoch=totals.step / task.steps_per_epoch,
-            loss=loss / pairs,
-            top1=100 * hits / pairs,
+            loss=loss / asked,
+            top1=100 * hits / asked,
             lr=totals.lr,
         )
         report(progress)
@@ -152,7 +151,7 @@ class Stepper:
         self._compute = Graphed(compute) if task.cuda_graphs else compute
 
     def step(self, forwards: Iterator[Images], step: int) -> Sums:
-        """Takes one step over the next `accumulation` forwards, and returns sums over the pairs."""
+        """Takes one step over the next `accumulation` forwards, and returns the sums of these."""
         sums = _no_sums(self.task.device)
         self._gradients.clear()
         forwards_of_step = itertools.islice(forwards, self.task.accumulation)
@@ -181,17 +180,19 @@ def _forward_backward(
     patches = task.make(images, *drawn)
     autocast = torch.autocast(task.device.type, torch.bfloat16, enabled=task.bf16)
     with autocast:
-        logits = task.network(patches, dropout_mask)
-    loss = relative_location.loss(logits)
+        outputs = task.network(patches, dropout_mask)
+    questions = task.model.questions
+    truth = questions.truth(*drawn)
+    loss = questions.loss(outputs, truth)
     # Gradients of the forwards of a step add up; divided, they are the gradient of the step's mean.
     (loss / task.accumulation).backward()
     # Everything stays on the device: reading a number would make the host wait for the GPU.
-    pairs = len(images) * relative_location.N_PAIRS
+    asked = len(images) * questions.n_questions
     mean_loss = loss.detach().double()
-    hits_of_images = relative_location.hits(logits.detach())
+    hits_of_images = questions.hits(outputs.detach(), truth)
     hits = hits_of_images.sum().double()
-    pairs_tensor = torch.full_like(mean_loss, pairs)
-    return torch.stack([mean_loss * pairs, hits, pairs_tensor])
+    asked_tensor = torch.full_like(mean_loss, asked)
+    return torch.stack([mean_loss * asked, hits, asked_tensor])
 
 
 def _draw(

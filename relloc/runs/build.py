@@ -29,6 +29,7 @@ from relloc.features.batch_norm import check_one_image
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.questions import CENTER_PAIRS, head_sizes
 from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.runs.command_settings import Evaluating, Model, MonitorSettings, Preparing, Pretraining
 from relloc.runs.data_sets import DataSet
@@ -59,6 +60,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         **_shared(config, given),
         model=_model(given["model"]),
         training_patches=_training_patches(given),
+        questions=CENTER_PAIRS,
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
         # Made later, when the network exists whose weights it updates
@@ -273,9 +275,11 @@ def _check_network(nodes: str, images_per_batch_norm: int, patch_px: int) -> Non
     # Tensors on PyTorch's meta device have shapes but no storage.
     with torch.device("meta"):
         backbone = model.make_backbone()
+        questions = CENTER_PAIRS
         network = RelativeLocation(
             backbone,
-            model.make_head(embedding_dim=backbone.embedding_dim),
+            model.make_head(embedding_dim=backbone.embedding_dim, **head_sizes(questions)),
+            questions=questions,
             batch_norm=given["pretext_batch_norm"],
             images_per_batch_norm=images_per_batch_norm,
         )

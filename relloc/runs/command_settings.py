@@ -18,6 +18,7 @@ from relloc.errors import UsageError
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.questions import Questions, head_sizes
 from relloc.pretext.relative_location import RelativeLocation
 from relloc.pretext.schedule import Schedule
 from relloc.results import NO_FILES, PERSON, REFERENCE_MODELS
@@ -76,6 +77,7 @@ class Pretraining(RunSettings):
 
     model: Model
     training_patches: TrainingPatches
+    questions: Questions
     schedule: Schedule
     recipe_epochs: float
     make_optimizer: Callable[..., torch.optim.Optimizer]
@@ -130,10 +132,13 @@ class Pretraining(RunSettings):
         `one_pass` is passed to `RelativeLocation`.
         """
         backbone = self.model.backbone(self.seed)
-        head = self.model.make_head(embedding_dim=backbone.embedding_dim)
+        head = self.model.make_head(
+            embedding_dim=backbone.embedding_dim, **head_sizes(self.questions)
+        )
         return RelativeLocation(
             backbone,
             head,
+            questions=self.questions,
             batch_norm=self.batch_norm,  # pyright: ignore[reportArgumentType] - which it checks
             images_per_batch_norm=self.images_per_batch_norm,
             one_pass=one_pass,

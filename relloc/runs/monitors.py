@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relloc.data.crops import Crops
 from relloc.data.image_set import ImageSet, Splits
@@ -25,8 +25,9 @@ from relloc.features.voting import vote
 from relloc.geometry import PatchGrid
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.confusion_picture import draw_confusion
-from relloc.pretext.held_out import confusion, evaluating, predict_positions
-from relloc.pretext.relative_location import POSITIONS, RelativeLocation
+from relloc.pretext.held_out import answers, confusion, evaluating, predict_positions
+from relloc.pretext.questions import POSITIONS
+from relloc.pretext.relative_location import RelativeLocation, about_center
 from relloc.results import LAYERS
 from relloc.seeds import Use
 
@@ -48,7 +49,9 @@ class Monitors:
     the set:
 
     - `monitor/pretext/top1`: accuracy over the eight pairs of each center crop, and
-      `monitor/pretext/top1_up_left` and so on for each position
+      `monitor/pretext/top1_up_left` and so on for each position, whatever pairs are trained on
+    - `monitor/pretext/top1_trained`: accuracy over the questions of the training, where these are
+      others
     - `monitor/rankme/LAYER` and `monitor/alpha_req/LAYER`: spectra of the features of whole center
       views, nan where the features define none (see `relloc.features.spectrum`)
     - `monitor/knn/LAYER/top1_kK`, on labeled data: weighted vote (T = 0.07) of the K nearest of as
@@ -84,16 +87,25 @@ class Monitors:
             return self._pretext(step) | self._features()
 
     def _pretext(self, step: int) -> dict[str, float]:
-        """Measures the pretext accuracy, in all and of each position, and draws the confusions."""
+        """Measures the pretext accuracy: of pairs with the center, and of what is trained."""
+        center = about_center(self.model)
+        values = {}
+        if center is not None:
+            values |= self._center_pairs(center, step)
+        if center is not self.model:
+            values["monitor/pretext/top1_trained"] = self._trained_questions()
+        return values
+
+    def _center_pairs(self, center: nn.Module, step: int) -> dict[str, float]:
+        """Measures the accuracy in all and of each position, and draws the confusions."""
         predicted = predict_positions(
-            self.model,
+            center,
             self._crops.pixels.split(self.config.batch),
             self.patches,
             seed=self.seed,
             device=self.config.device,
             bf16=self.config.bf16,
         )
-        # `predict_positions` puts the model into eval mode and uses a generator of its own.
         # Rows are true positions, columns predicted ones: right answers are on the diagonal.
         counts = confusion(predicted)
         top1 = 100 * float(counts.diagonal().sum() / counts.sum())
@@ -104,6 +116,21 @@ class Monitors:
         for position, accuracy in zip(POSITIONS, by_position, strict=True):
             values[f"monitor/pretext/top1_{position}"] = accuracy
         return values
+
+    def _trained_questions(self) -> float:
+        """Returns the accuracy over the questions that the model is trained on, in percent."""
+        questions = self.model.questions
+        answered = answers(
+            self.model,
+            questions,
+            self._crops.pixels.split(self.config.batch),
+            self.patches,
+            seed=self.seed,
+            device=self.config.device,
+            bf16=self.config.bf16,
+        )
+        n_right = sum(int(questions.hits(*of_batch).sum()) for of_batch in answered)
+        return 100 * n_right / (len(self._crops.pixels) * questions.n_questions)
 
     def _features(self) -> dict[str, float]:
         """Measures the features of whole views: their spectra, and nearest neighbors by label."""

@@ -19,7 +19,8 @@ from relloc.errors import CheckpointError
 from relloc.evaluation.contract import PretextModel
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext.relative_location import RelativeLocation
+from relloc.pretext.questions import CENTER_PAIRS, head_sizes
+from relloc.pretext.relative_location import RelativeLocation, about_center
 from relloc.runs import settings
 from relloc.runs.data_of_run import CONFIG_FILE, load_config
 from relloc.runs.instantiation import call
@@ -54,9 +55,16 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
     nodes = {name: _checked(name, config.get(name), run_dir) for name in _PATCHES}
     patches = PatchPipeline(**{name: call(name, node) for name, node in nodes.items()})
     head_node = _checked("model.head", about["model"].get("head"), training)
+    questions = CENTER_PAIRS
     network = RelativeLocation(
         copy.deepcopy(backbone),
-        call("model.head", head_node, embedding_dim=backbone.embedding_dim),
+        call(
+            "model.head",
+            head_node,
+            embedding_dim=backbone.embedding_dim,
+            **head_sizes(questions),
+        ),
+        questions=questions,
         batch_norm=config["pretext_batch_norm"],
         images_per_batch_norm=config["recipe"]["images_per_batch_norm"],
     )
@@ -73,11 +81,17 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
     return make_pretext_model(network, patches)
 
 
-def make_pretext_model(network: RelativeLocation, patches: PatchPipeline) -> PretextModel:
-    """Returns a network as studies take it, in eval mode, with its digest."""
-    network.eval()
+def make_pretext_model(network: RelativeLocation, patches: PatchPipeline) -> PretextModel | None:
+    """Returns a network as studies take it, in eval mode, with its digest.
+
+    None where it can't be asked about pairs with the center, as studies do.
+    """
+    center = about_center(network)
+    if center is None:
+        return None
+    center.eval()
     weights = backbone_files.digest(network.state_dict())
-    return PretextModel(network=network, patches=patches, digest=f"{weights} {patches!r}")
+    return PretextModel(network=center, patches=patches, digest=f"{weights} {patches!r}")
 
 
 def _training_of(checkpoint: Path) -> Path | None:

@@ -6,12 +6,10 @@ held-out images, evaluate.
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from torch import Tensor
 
 from relloc import ranks
 from relloc.checkpoints import backbone_files
@@ -24,20 +22,18 @@ from relloc.data.order import StepPlan
 from relloc.errors import CheckpointError
 from relloc.evaluation.contract import BATCH_NORMS, NamedEvaluation
 from relloc.evaluation.strides import by_strides
-from relloc.files import path_as_text
 from relloc.geometry import ShortSide
 from relloc.models.backbone import Backbone
 from relloc.models.cost import multiplications
 from relloc.patches.picture import draw_patches
-from relloc.pretext.held_out import accuracy, count_hits, predict_positions
 from relloc.pretext.loop import Task
 from relloc.pretext.stopping import stop_request
-from relloc.results import RESULTS_FILE, Result, append_results, read_results
+from relloc.results import RESULTS_FILE
 from relloc.runs import console, saving
 from relloc.runs.command_line import as_value
 from relloc.runs.command_settings import Pretraining
 from relloc.runs.engine import Engine, resolve_engine
-from relloc.runs.evaluated_models import make_evaluated_model, name_of_model
+from relloc.runs.evaluated_models import make_evaluated_model
 from relloc.runs.evaluating import (
     check_images,
     evaluate_model,
@@ -46,9 +42,9 @@ from relloc.runs.evaluating import (
 )
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
-from relloc.runs.monitors import held_out_crops
 from relloc.runs.naming import pretraining_name
 from relloc.runs.pretext_models import make_pretext_model
+from relloc.runs.pretext_rows import measure_pretext
 from relloc.runs.reusing import EvalRun
 from relloc.runs.settings import content_of, flat, members
 from relloc.runs.training import Training, train_to_the_end
@@ -135,7 +131,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             # From here on rank 0 works alone.
             ranks.leave()
             _save_backbone(training, folder)
-            _measure_pretext(training, folder)
+            measure_pretext(training, folder)
             _evaluate(training, evaluations, folder)
             folder.summarize()
 
@@ -376,74 +372,6 @@ def _problem_of_file(path: Path, backbone: Backbone) -> str:
     if backbone_files.digest(saved) != backbone_files.digest(backbone.state_dict()):
         return "it held other weights"
     return ""
-
-
-def _measure_pretext(training: Training, folder: RunFolder) -> None:
-    """Measures the pretext accuracy on held-out images, unless an earlier start did.
-
-    Each image gives eight questions, one per neighbor of its central patch. The interval (95 %) is
-    a t interval over source images, since the answers about one image depend on each other.
-    """
-    if any(row.kind == "pretext" for row in read_results(folder.path)):
-        return
-    settings = training.settings
-    images = training.data.held_out
-    # Batches as large as the ghost batches of training, which are known to fit the device.
-    config = dataclasses.replace(
-        settings.encode_config(training.engine), batch=settings.images_per_batch_norm
-    )
-    loaded = held_out_crops(
-        images, range(len(images)), settings.patches.grid, settings.seed, config
-    )
-    unreadable = config.unreadable_of(len(images))
-    n_batches = math.ceil(len(images) / config.batch)
-    # Images that can't be read give no answers: these are the indices of those that do.
-    indices: list[int] = []
-
-    def pixels() -> Iterator[Tensor]:
-        for batch in config.progress(loaded, "held-out pretext", n_batches):
-            unreadable.add_full(batch, images=1)
-            indices.extend(batch.indices.tolist())
-            yield batch.pixels
-
-    predicted = predict_positions(
-        training.task.model,
-        pixels(),
-        settings.patches,
-        seed=settings.seed,
-        device=config.device,
-        bf16=config.bf16,
-    )
-    folder.unreadable |= unreadable.reasons
-    sources = [images.source(index) for index in indices]
-    top1 = accuracy(count_hits(predicted), sources)
-    backbone = training.task.model.backbone
-    strides = (f"network with {backbone.own_strides}",) if backbone.own_strides else ()
-    # Every fact about the number has a field of its own, so that reports need not parse words.
-    row = Result(
-        eval="pretext",
-        dataset=images.name,
-        split=images.split,
-        kind="pretext",
-        table="Pretext accuracy, top-1",
-        column="held out",
-        metric="top1",
-        headline=True,
-        value=top1.percent,
-        low=top1.low,
-        high=top1.high,
-        n=top1.n_pairs,
-        seed=settings.seed,
-        protocol="1.1",
-        details=(
-            "center crop, eight pairs with the center, jitter and colors as in training",
-            "95 % t interval, clustered by source image",
-            *strides,
-        ),
-        checkpoint=path_as_text(folder.path / backbone_files.BACKBONE_FILE),
-        model=name_of_model(settings.model.name, backbone),
-    )
-    append_results(folder.path, [row])
 
 
 def _evaluate(

@@ -42,6 +42,7 @@ def reporting(
             checkpoints. They count in the curves of speed, and not in the speed that is shown.
     """
     alarm = Alarm(
+        chance_loss=task.model.questions.chance_loss,
         collapse_steps=collapse_steps,
         first_step=first_step,
         warn=console.print_message if folder else lambda _text: None,

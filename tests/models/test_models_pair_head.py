@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from relloc.models.pair_head import AlexNetPairHead, PairHead
+from relloc.pretext.questions import CENTER_PAIRS
 
 DIM = 6
 
@@ -13,6 +14,10 @@ def pair_head(**changes: object) -> PairHead:
     torch.manual_seed(0)
     settings = {"embedding_dim": DIM, "hidden_dim": 16, "batch_norm_momentum": 0.1, "dropout": 0.0}
     return PairHead(**{**settings, "neck_std": 0.5, "head_std": 0.5, **changes})  # type: ignore[arg-type]
+
+
+def answers(head: nn.Module, neighbors: Tensor, centers: Tensor, *mask: Tensor) -> Tensor:
+    return head([neighbors, centers], CENTER_PAIRS.combine, *mask)
 
 
 def embeddings(b: int = 3, dim: int = DIM) -> tuple[Tensor, Tensor]:
@@ -43,7 +48,7 @@ def test_logits_are_linear_batch_norm_relu_linear_of_neighbor_then_center() -> N
     hidden = pairs_by_hand(neighbors, centers) @ joint.weight.T + joint.bias
     active = (normalized(hidden) * norm.weight + norm.bias).clamp(min=0)
     expected = (active @ head.answer.weight.T + head.answer.bias).reshape(3, 8, 8)
-    torch.testing.assert_close(head(neighbors, centers), expected)
+    torch.testing.assert_close(answers(head, neighbors, centers), expected)
 
 
 def test_the_first_half_of_the_input_is_the_neighbor() -> None:
@@ -51,9 +56,9 @@ def test_the_first_half_of_the_input_is_the_neighbor() -> None:
     neighbors, centers = embeddings()
     with torch.no_grad():
         head.neck[0].weight[:, DIM:] = 0
-    before = head(neighbors, centers)
-    assert torch.equal(head(neighbors, centers + 1), before)
-    assert not torch.allclose(head(neighbors + 1, centers), before)
+    before = answers(head, neighbors, centers)
+    assert torch.equal(answers(head, neighbors, centers + 1), before)
+    assert not torch.allclose(answers(head, neighbors + 1, centers), before)
 
 
 def test_weights_are_normal_with_the_given_spread_and_biases_zero() -> None:
@@ -72,7 +77,7 @@ def test_running_statistics_move_by_the_given_momentum() -> None:
     head = pair_head(batch_norm_momentum=0.003).train()
     neighbors, centers = embeddings()
     hidden = head.neck[0](pairs_by_hand(neighbors, centers))
-    head(neighbors, centers)
+    answers(head, neighbors, centers)
     torch.testing.assert_close(head.neck[1].running_mean, 0.003 * hidden.mean(dim=0))
     torch.testing.assert_close(head.neck[1].running_var, 0.997 + 0.003 * hidden.var(dim=0))
 
@@ -83,14 +88,16 @@ def test_dropout_hides_the_hidden_units_that_were_not_kept_in_training_alone() -
     mask = half.draw_dropout_mask(64, torch.Generator().manual_seed(3))
     assert mask.shape == (64, 8, 64)
     assert mask.float().mean().item() == pytest.approx(0.5, abs=0.01)
-    assert torch.equal(half.eval()(neighbors, centers, mask), half(neighbors, centers))
+    assert torch.equal(
+        answers(half.eval(), neighbors, centers, mask), answers(half, neighbors, centers)
+    )
     seen: list[Tensor] = []
     half.answer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    half.train()(neighbors, centers, mask)
-    half(neighbors, centers, torch.ones_like(mask))
+    answers(half.train(), neighbors, centers, mask)
+    answers(half, neighbors, centers, torch.ones_like(mask))
     dropped, doubled = seen
     assert torch.equal(dropped, doubled * mask)
-    half(neighbors, centers)
+    answers(half, neighbors, centers)
     torch.testing.assert_close(doubled, 2 * seen[-1])
 
 
@@ -111,8 +118,8 @@ def test_embed_dim_puts_a_linear_layer_before_applied_to_each_patch_alone() -> N
     without.load_state_dict(
         {name: v for name, v in head.state_dict().items() if not name.startswith("embed")}
     )
-    expected = without(neighbors @ weight.T + bias, centers @ weight.T + bias)
-    torch.testing.assert_close(head(neighbors, centers), expected)
+    expected = answers(without, neighbors @ weight.T + bias, centers @ weight.T + bias)
+    torch.testing.assert_close(answers(head, neighbors, centers), expected)
 
 
 def test_the_heads_of_the_card_have_the_published_tensors() -> None:
@@ -147,7 +154,7 @@ def test_the_alexnet_head_normalizes_fc7_without_scale_and_shift_and_fc8_not_at_
     )
     fc8 = (fc7 @ head.fc8.weight.T + head.fc8.bias).clamp(min=0)
     expected = (fc8 @ head.fc9.weight.T + head.fc9.bias).reshape(3, 8, 8)
-    torch.testing.assert_close(head(neighbors, centers), expected)
+    torch.testing.assert_close(answers(head, neighbors, centers), expected)
     assert head.norm.weight is None
     assert {name.split(".")[0] for name, _ in head.named_parameters()} == {"fc7", "fc8", "fc9"}
 
@@ -168,7 +175,7 @@ def test_in_evaluation_each_pair_is_answered_alone(kind: str) -> None:
         pair_head() if kind == "mmselfsup" else AlexNetPairHead(embedding_dim=DIM, hidden_dim=16)
     ).eval()
     neighbors, centers = embeddings()
-    together = head(neighbors, centers)
-    torch.testing.assert_close(head(neighbors[1:2], centers[1:2]), together[1:2])
+    together = answers(head, neighbors, centers)
+    torch.testing.assert_close(answers(head, neighbors[1:2], centers[1:2]), together[1:2])
     order = torch.tensor([3, 1, 0, 2, 7, 5, 6, 4])
-    torch.testing.assert_close(head(neighbors[:, order], centers), together[:, order])
+    torch.testing.assert_close(answers(head, neighbors[:, order], centers), together[:, order])

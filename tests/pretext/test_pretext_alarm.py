@@ -7,7 +7,9 @@ from torch import nn
 from relloc.errors import UsageError
 from relloc.pretext.alarm import Alarm, Diverged, check_finite
 from relloc.pretext.loop import Progress
-from relloc.pretext.relative_location import CHANCE_LOSS
+from relloc.pretext.questions import CENTER_PAIRS
+
+CHANCE_LOSS = CENTER_PAIRS.chance_loss
 
 
 def at(step: int, loss: float) -> Progress:
@@ -16,7 +18,13 @@ def at(step: int, loss: float) -> Progress:
 
 def new_alarm(*, first_step: int = 0) -> tuple[Alarm, list[str]]:
     warnings: list[str] = []
-    return Alarm(collapse_steps=100, first_step=first_step, warn=warnings.append), warnings
+    alarm = Alarm(
+        chance_loss=CHANCE_LOSS,
+        collapse_steps=100,
+        first_step=first_step,
+        warn=warnings.append,
+    )
+    return alarm, warnings
 
 
 def test_chance_is_the_loss_of_a_network_that_answers_all_alike() -> None:
@@ -36,7 +44,7 @@ def test_a_loss_that_stays_at_chance_is_said_once_with_what_to_try() -> None:
         alarm.check(at(step, CHANCE_LOSS))
     assert len(warnings) == 1
     for words in (
-        "log 8 = 2.079",
+        "2.079",
         "100 steps",
         "at chance",
         "optimizer.lr",

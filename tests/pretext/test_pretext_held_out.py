@@ -1,6 +1,6 @@
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.held_out import accuracy, confusion, count_hits, evaluating, predict_positions
-from relloc.pretext.relative_location import POSITIONS, RelativeLocation
+from relloc.pretext.questions import POSITIONS
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def random_hits(n: int, seed: int = 0) -> Tensor:
 def test_accuracy_is_right_answers_over_pairs() -> None:
     result = accuracy(torch.tensor([8, 0, 4, 1]), ["a", "a", "b", "c"])
     assert result.percent == pytest.approx(100 * 13 / 32)
-    assert result.n_pairs == 32
+    assert result.n_questions == 32
     assert result.low < result.percent < result.high
 
 
@@ -158,9 +159,11 @@ def test_the_seed_decides_which_questions_are_asked(asked: Asker) -> None:
 class Knows(nn.Module):
     """Answers every pair right, and in bfloat16 where autocast is on."""
 
-    def forward(self, neighbors: Tensor, _centers: Tensor, _mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, parts: Sequence[Tensor], _combine: object, _mask: Tensor | None = None
+    ) -> Tensor:
         self.seen = torch.eye(8) @ torch.eye(8)
-        return self.seen.expand(len(neighbors), 8, 8)
+        return self.seen.expand(len(parts[0]), 8, 8)
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -18,7 +18,6 @@ from relloc.patches.color import Drop, Keep
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext import relative_location
 from relloc.pretext.loop import Progress, Task, train
 from relloc.pretext.optimizer import sgd
 from relloc.pretext.relative_location import RelativeLocation
@@ -115,7 +114,8 @@ class PlainHead(nn.Module):
     def draw_dropout_mask(self, n_images: int, generator: torch.Generator) -> None:
         pass
 
-    def forward(self, neighbors: Tensor, centers: Tensor, dropout_mask: None) -> Tensor:
+    def forward(self, parts: Sequence[Tensor], _combine: object, _mask: None) -> Tensor:
+        neighbors, centers = parts
         return self.answer(torch.cat([neighbors, centers.unsqueeze(1).expand_as(neighbors)], dim=2))
 
 
@@ -248,7 +248,8 @@ def test_a_step_moves_every_weight_by_rate_times_gradient() -> None:
     task = plain_task(lr=0.5, schedule=Constant(epochs=1), steps_per_epoch=1)
     twin = copy.deepcopy(task.model)
     images = next(forwards(1, side=FIXED_GRID.span_px))
-    relative_location.loss(twin(patches_of(task, images))).backward()
+    truth = twin.questions.truth(*task.draw(len(images), torch.Generator(), 0))
+    twin.questions.loss(twin(patches_of(task, images)), truth).backward()
     trained(task, iter([images]))
     for (name, value), before in zip(task.model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(value, before - 0.5 * before.grad, msg=name)

@@ -1,6 +1,5 @@
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jaxtyping
@@ -14,7 +13,7 @@ from relloc.models.backbone import Backbone
 from relloc.models.pair_head import PairHead
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
-from relloc.pretext import relative_location
+from relloc.pretext.questions import CENTER_PAIRS, Questions
 from relloc.pretext.relative_location import RelativeLocation
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
@@ -60,6 +59,11 @@ def patches_of(b: int = 3) -> Tensor:
     )
 
 
+def loss_of(logits: Tensor, questions: Questions = CENTER_PAIRS) -> Tensor:
+    corners = torch.zeros(len(logits), questions.n_cells, 2, dtype=torch.int64)
+    return questions.loss(logits, questions.truth(corners))
+
+
 def loss_with_every_center_encoded_eight_times(model: RelativeLocation, patches: Tensor) -> Tensor:
     """The published way (mmselfsup): eight pairs an image, neighbors and centers in two calls."""
     pairs = [
@@ -84,7 +88,7 @@ def test_encoding_the_center_once_gives_loss_and_gradients_of_encoding_it_eight_
 ) -> None:
     ours, twin = model_of(kind).train(), model_of(kind).train()
     patches = patches_of()
-    loss = relative_location.loss(ours(patches))
+    loss = loss_of(ours(patches))
     expected = loss_with_every_center_encoded_eight_times(twin, patches)
     loss.backward()
     expected.backward()
@@ -153,7 +157,7 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_
     patches = patches_of(b=6)
     mask = apart.head.draw_dropout_mask(6, torch.Generator().manual_seed(4))
     for model in (together, apart):
-        relative_location.loss(model(patches, mask)).backward()
+        loss_of(model(patches, mask)).backward()
     for (name, value), other in zip(together.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-9, msg=name)
     assert list(together.state_dict()) == list(apart.state_dict())
@@ -172,7 +176,7 @@ TRACED = """
 import torch
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
-from relloc.pretext import relative_location
+from relloc.pretext.questions import CENTER_PAIRS
 from relloc.pretext.relative_location import RelativeLocation
 
 def model(one_pass):
@@ -190,7 +194,7 @@ for bf16 in (False, True):
     for one in (network, plain):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = one(patches, mask)
-        relative_location.loss(logits).backward()
+        CENTER_PAIRS.loss(logits, CENTER_PAIRS.truth(torch.zeros(16, 9, 2, dtype=int))).backward()
     for (name, value), other in zip(traced.named_parameters(), plain.parameters(), strict=True):
         if name != "head.neck.0.bias":  # whose gradient batch norm cancels
             print(bf16, name, ((value.grad - other.grad).norm() / other.grad.norm()).item())
@@ -245,8 +249,11 @@ class CellNumber(Backbone):
 
 
 class Difference(nn.Module):
-    def forward(self, neighbors: Tensor, centers: Tensor, dropout_mask: None) -> Tensor:
-        return (neighbors - centers.unsqueeze(1)).expand(-1, -1, 8)
+    def forward(
+        self, parts: Sequence[Tensor], combine: Callable[..., Tensor], _mask: None
+    ) -> Tensor:
+        neighbors, centers = parts
+        return combine([neighbors, -centers]).expand(-1, -1, 8)
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
@@ -269,38 +276,6 @@ def test_pair_i_is_the_ith_cell_of_the_grid_that_is_not_the_center_with_the_cent
     answers = model(patches)
     assert torch.equal(answers[0, :, 0], expected)
     assert torch.equal(answers[1, :, 0], 10 * expected)
-
-
-def test_labels_loss_and_hits_are_as_defined() -> None:
-    logits = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(3))
-    labels = relative_location.labels(logits)
-    assert labels.tolist() == [list(range(8))] * 5
-    total, right = 0.0, []
-    for image in logits.tolist():
-        answers = [row.index(max(row)) for row in image]
-        right.append(sum(answer == pair for pair, answer in enumerate(answers)))
-        total += sum(
-            math.log(sum(map(math.exp, row))) - row[pair] for pair, row in enumerate(image)
-        )
-    assert relative_location.loss(logits).item() == pytest.approx(total / 40, rel=1e-6)
-    assert relative_location.hits(logits).tolist() == right
-    assert relative_location.hits(20 * torch.eye(8).expand(2, 8, 8)).tolist() == [8, 8]
-    assert relative_location.hits(20 * torch.eye(8).roll(1, dims=1).expand(2, 8, 8)).tolist() == [
-        0,
-        0,
-    ]
-
-
-def test_a_network_that_knows_nothing_has_a_loss_of_log_8() -> None:
-    assert relative_location.loss(torch.zeros(3, 8, 8)).item() == pytest.approx(math.log(8))
-    assert relative_location.loss(torch.full((3, 8, 8), 7.5)).item() == pytest.approx(math.log(8))
-
-
-def test_the_loss_of_bfloat16_logits_is_taken_in_float32() -> None:
-    logits = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
-    loss = relative_location.loss(logits)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, relative_location.loss(logits.float()))
 
 
 def test_another_batch_norm_is_an_error_that_names_the_setting(

@@ -26,9 +26,9 @@ from relloc.models.small import SmallBackbone
 from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.pretext import relative_location
 from relloc.pretext.held_out import accuracy, count_hits, predict_positions
-from relloc.pretext.relative_location import POSITIONS, RelativeLocation
+from relloc.pretext.questions import CENTER_PAIRS, POSITIONS
+from relloc.pretext.relative_location import RelativeLocation
 from relloc.results import LAYERS
 from relloc.runs.monitors import Monitors, confusion_picture
 from relloc.seeds import Use
@@ -240,7 +240,9 @@ def test_training_with_monitors_gives_the_weights_of_training_without(
             generator = torch.Generator().manual_seed(drawn_seed)
             kept = model.head.draw_dropout_mask(len(pixels), generator)
             optimizer.zero_grad()
-            relative_location.loss(model(PATCHES(pixels, generator), kept)).backward()
+            drawn = PATCHES.draw(len(pixels), generator)
+            logits = model(PATCHES.make(pixels, *drawn), kept)
+            CENTER_PAIRS.loss(logits, CENTER_PAIRS.truth(*drawn)).backward()
             optimizer.step()
             if watched:
                 watch(step + 1)

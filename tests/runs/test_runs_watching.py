@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from relloc.errors import DataError
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.feed import Feed
 from relloc.pretext.loop import Progress, Task
-from relloc.pretext.relative_location import CHANCE_LOSS
+from relloc.pretext.questions import CENTER_PAIRS
 from relloc.pretext.schedule import Constant
 from relloc.runs.folder import RunFolder
 from relloc.runs.monitors import confusion_picture
@@ -61,9 +62,14 @@ def stub_task() -> Task:
 
 
 def task_of(epochs: int) -> Task:
-    """Four steps an epoch; of a task, only its length is looked at."""
+    """Four steps an epoch; of a task, only its length and its questions are looked at."""
     task = object.__new__(Task)
-    for name, value in {"schedule": Constant(epochs=epochs), "steps_per_epoch": 4}.items():
+    fields = {
+        "schedule": Constant(epochs=epochs),
+        "steps_per_epoch": 4,
+        "model": SimpleNamespace(questions=CENTER_PAIRS),
+    }
+    for name, value in fields.items():
         object.__setattr__(task, name, value)
     return task
 
@@ -336,7 +342,7 @@ def test_only_the_process_with_a_folder_tells_but_each_one_stops(
     with reporting_of(
         stub_task, waiting_feed(), first_step=0, collapse_steps=2, folder=None
     ) as report:
-        report(progress(4, CHANCE_LOSS))
+        report(progress(4, CENTER_PAIRS.chance_loss))
         with pytest.raises(Diverged):
             report(progress(5, math.inf))
     assert capsys.readouterr().out == ""
@@ -350,6 +356,6 @@ def test_a_collapse_is_told_once(
     ) as report:
         for step in range(1, 8):
             clock.now += 1
-            report(progress(step, CHANCE_LOSS))
+            report(progress(step, CENTER_PAIRS.chance_loss))
     alarms = re.findall(r"^alarm .*\b2\.079\b.*\b4 steps", capsys.readouterr().out, re.MULTILINE)
     assert len(alarms) == 1

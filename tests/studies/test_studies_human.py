@@ -33,7 +33,7 @@ from relloc.features.source import EncodeConfig
 from relloc.geometry import NEIGHBORS, PatchGrid, ShortSide
 from relloc.patches.color import Drop, Gray, Keep, Project
 from relloc.pretext.held_out import accuracy
-from relloc.pretext.relative_location import POSITIONS
+from relloc.pretext.questions import POSITIONS
 from relloc.results import Score
 from relloc.runs.settings import conf_dir
 from relloc.studies.human.comparison import compare, kappa, replies_of

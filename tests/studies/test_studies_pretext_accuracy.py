@@ -32,7 +32,7 @@ from relloc.features.source import EncodeConfig
 from relloc.geometry import Area, PatchGrid
 from relloc.patches.color import Drop
 from relloc.pretext.held_out import accuracy, count_hits, predict_positions
-from relloc.pretext.relative_location import POSITIONS
+from relloc.pretext.questions import POSITIONS
 from relloc.results import Score
 from relloc.runs.monitors import held_out_crops
 from relloc.studies.accuracies import Share, draw_shares, share_of

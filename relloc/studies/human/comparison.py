@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relloc.geometry import NEIGHBORS
 from relloc.pretext.held_out import clustered_ratio
-from relloc.pretext.relative_location import POSITIONS
+from relloc.pretext.questions import POSITIONS
 from relloc.results import Score
 from relloc.studies.accuracies import Share, share_of
 from relloc.studies.human.session import GivenAnswer

@@ -13,7 +13,7 @@ from relloc.evaluation.contract import Context, Evaluation
 from relloc.geometry import CHANCE_PERCENT, PatchGrid, ShortSide
 from relloc.patches.pipeline import Color
 from relloc.pretext.confusion_picture import draw_confusion
-from relloc.pretext.relative_location import POSITIONS
+from relloc.pretext.questions import POSITIONS
 from relloc.results import PERSON, Score
 from relloc.studies.accuracies import Share
 from relloc.studies.asking import check_grid, grid_to_ask

@@ -20,7 +20,7 @@ from relloc.evaluation.contract import Context, Evaluation
 from relloc.geometry import CHANCE_PERCENT, PatchGrid
 from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.held_out import clustered_ratio, confusion
-from relloc.pretext.relative_location import N_PAIRS, POSITIONS
+from relloc.pretext.questions import CENTER_PAIRS, POSITIONS
 from relloc.results import Score
 from relloc.studies.accuracies import Share, draw_shares, share_of, write_shares
 from relloc.studies.asking import Answers, ask, check_grid, grid_to_ask
@@ -217,7 +217,7 @@ class Pretext(Evaluation):
             column="negative log-likelihood",
             higher_is_better=False,
             n=n_images,
-            details=(f"chance is log 8 = {np.log(N_PAIRS):.3f}",),
+            details=(f"chance is log 8 = {CENTER_PAIRS.chance_loss:.3f}",),
         )
         _write_reliability(found, context)
         draw_reliability(
@@ -299,7 +299,7 @@ class _Findings:
     def right(self) -> _Mask:
         """Whether the answer about each pair is right: the right label of pair i is i."""
         predicted = self.answers.logits.argmax(dim=2)
-        return (predicted == torch.arange(N_PAIRS)).numpy()
+        return (predicted == torch.arange(CENTER_PAIRS.n_questions)).numpy()
 
     @functools.cached_property
     def confidences(self) -> Float[np.ndarray, "pairs"]:
@@ -337,7 +337,7 @@ class _Findings:
     def negative_log_likelihood(self) -> tuple[float, float | None, float | None]:
         """Returns its mean over pairs in nats, and the ends of its 95 % interval."""
         of_right = self.log_probabilities.diagonal(axis1=1, axis2=2)
-        pairs = np.full(len(of_right), N_PAIRS)
+        pairs = np.full(len(of_right), CENTER_PAIRS.n_questions)
         mean, half_width = clustered_ratio(-of_right.sum(axis=1), pairs, self.sources.tolist())
         # With images of a single source nothing is known of others.
         if math.isinf(half_width):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relloc.geometry import CHANCE_PERCENT
 from relloc.pretext.held_out import clustered_ratio
-from relloc.pretext.relative_location import N_PAIRS
+from relloc.pretext.questions import CENTER_PAIRS
 from relloc.studies.shortcuts.position import Errors
 
 
@@ -69,7 +69,7 @@ def difference_estimate(
     counted = right.numpy()
     if control is not None:
         counted = counted - control.numpy()
-    pairs = np.full(len(counted), N_PAIRS)
+    pairs = np.full(len(counted), CENTER_PAIRS.n_questions)
     ratio, half_width = clustered_ratio(counted, pairs, sources)
     return _estimate(ratio, half_width, sources).times(100)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from relloc.evaluation.contract import PretextModel
 from relloc.geometry import PatchGrid
 from relloc.patches.pipeline import Color, PatchPipeline
-from relloc.pretext.relative_location import hits
+from relloc.pretext.questions import CENTER_PAIRS
 from relloc.seeds import Use, seed_for
 from relloc.studies.shortcuts import distortions
 
@@ -400,7 +400,8 @@ def ask(
         made = patches.make(squares, *drawn_before[key])
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = pretext.network(made)
-        answers[question.name] = hits(logits)
+        right = CENTER_PAIRS.truth(*drawn_before[key])
+        answers[question.name] = CENTER_PAIRS.hits(logits, right)
     # Copied to the CPU at the end, so that the device is not waited for between questions.
     return {name: right.cpu() for name, right in answers.items()}
 
