@@ -19,6 +19,15 @@ class Interrupted(UsageError):
     exit_code = 75
 
 
+class TrainingUnfinished(UsageError):
+    """A training that is watched did not come to its end, and is no longer running.
+
+    Not a mistake in the command, which may be repeated.
+    """
+
+    exit_code = 1
+
+
 class KnownAnswerMissed(UsageError):
     """A measured value that differs from the one that is known for the checkpoint."""
 

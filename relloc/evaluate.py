@@ -8,9 +8,14 @@ from relloc.runs.start_command import start_command
 def run(config: DictConfig) -> None:
     """Evaluates the checkpoints that `config` names."""
     # Imported here, since it loads torch, which --help does not need.
-    from relloc.runs import build, evaluating, invocation
+    from relloc.runs import build, checkpoint_watch, evaluating, invocation
 
-    evaluating.evaluate_checkpoint(build.evaluating(config), invocation.Invocation.of(config))
+    settings = build.evaluating(config)
+    run_of_command = invocation.Invocation.of(config)
+    if settings.watch:
+        checkpoint_watch.watch_trainings(settings, settings.watch, run_of_command)
+    else:
+        evaluating.evaluate_checkpoint(settings, run_of_command)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ _EXECUTION = {
     "reuse": "rows that are copied equal those that would be measured",
     "missing_data": "an evaluation without its data has no results",
     "report": "what is printed at the end",
+    "watch_every_s": "when new checkpoints are looked for",
+    "watch_patience_min": "when a watched training is given up",
     "runs": "where run folders lie",
     "tracking": "where numbers are mirrored to",
     "launcher": "which machines run it",
@@ -72,6 +74,7 @@ _LATER: dict[str, Any] = {
     "model.backbone.stem": "imagenet",
     "model.backbone.width": 1,
     "strides": "standard",
+    "watch": None,
 }
 
 

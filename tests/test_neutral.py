@@ -69,6 +69,8 @@ def test_later_settings_count_only_where_they_change_something(group: str) -> No
     assert neutral.settings_of_weights({"grid.yoked_jitter": False}) == {}
     assert neutral.settings_of_run({"yoked_jitter": True}, f"{group}.") == {"yoked_jitter": True}
     assert neutral.settings_of_weights({"grid.yoked_jitter": True}) == {"grid.yoked_jitter": True}
+    assert neutral.settings_of_run({"watch": None}) == {}
+    assert neutral.settings_of_run({"watch": "a"}) == {"watch": "a"}
 
 
 def test_texts_of_fingerprints_are_as_before_until_a_later_field_is_set() -> None:

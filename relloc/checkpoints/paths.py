@@ -15,3 +15,8 @@ def saved_trainings(run_dir: Path) -> list[Path]:
     """Returns the checkpoints in a run folder, oldest first, without the named milestones."""
     # The step in the name has nine digits, so that names sort like numbers.
     return sorted(training_folder(run_dir).glob("step_*.pt"))
+
+
+def saved_milestones(run_dir: Path) -> list[Path]:
+    """Returns the named checkpoints in a run folder, such as epoch_30.pt, which stay for good."""
+    return sorted(training_folder(run_dir).glob("epoch_*.pt"))

@@ -31,7 +31,14 @@ from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.questions import CENTER_PAIRS, head_sizes
 from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
-from relloc.runs.command_settings import Evaluating, Model, MonitorSettings, Preparing, Pretraining
+from relloc.runs.command_settings import (
+    Evaluating,
+    Model,
+    MonitorSettings,
+    Preparing,
+    Pretraining,
+    WatchSettings,
+)
 from relloc.runs.data_sets import DataSet
 from relloc.runs.engine import EngineSettings
 from relloc.runs.instantiation import call
@@ -99,11 +106,23 @@ def pretraining(config: DictConfig) -> Pretraining:
 def evaluating(config: DictConfig) -> Evaluating:
     """Builds what relloc.evaluate runs. Raises what `pretraining` raises."""
     given = resolved(config)
+    # relloc.study and earlier configs have no such setting.
+    watched = given.get("watch")
+    watch = None
+    if watched is not None:
+        watch = WatchSettings(
+            names=watched if isinstance(watched, list) else [watched],
+            every_s=given["watch_every_s"],
+            patience_min=given["watch_patience_min"],
+        )
+    named: Any = []
     # Reading a checkpoint that is not set raises Hydra's own error, which names the setting.
-    named: Any = given["checkpoint"] if config.checkpoint is not None else None
+    if watch is None or not OmegaConf.is_missing(config, "checkpoint"):
+        named = given["checkpoint"] if config.checkpoint is not None else None
     return Evaluating(
         **_shared(config, given),
         checkpoints=named if isinstance(named, list) else [named],
+        watch=watch,
         checkpoint_prefix=given["checkpoint_prefix"],
         model=_model(given["model"]) if given.get("model") else None,
         verdict=given["verdict"],

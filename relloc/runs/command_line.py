@@ -40,6 +40,7 @@ _INFOS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 # Settings that name a file or folder. Hydra would read the names 2024_10_01 and 1e3 as numbers.
 _PATHS = (
     "checkpoint",
+    "watch",
     "data.root",
     "data.shards",
     "data.proposals",
@@ -356,10 +357,20 @@ def checkpoints(words: Sequence[Override]) -> list[list[str]]:
 
     Where the setting is not given, there are none.
     """
+    return _named("checkpoint", words)
+
+
+def watched(words: Sequence[Override]) -> list[list[str]]:
+    """Returns the runs and sweeps that `watch=` names, a list for each point of a sweep."""
+    return _named("watch", words)
+
+
+def _named(setting: str, words: Sequence[Override]) -> list[list[str]]:
+    """Returns the texts that a setting of one or several has, a list for each point of a sweep."""
     last = None
     for word in words:
         # Of a setting that is given twice, the last one counts.
-        if word.key_or_group == "checkpoint" and not word.is_delete():
+        if word.key_or_group == setting and not word.is_delete():
             last = word
     if last is None:
         return []

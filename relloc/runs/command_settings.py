@@ -25,6 +25,10 @@ from relloc.results import NO_FILES, PERSON, REFERENCE_MODELS
 from relloc.runs.data_sets import DataSet
 from relloc.runs.run_settings import RunSettings
 from relloc.runs.settings import content_of
+from relloc.sweeps.points import Point
+from relloc.sweeps.trainings import find_trainings
+
+_DAY_S = 86400.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,13 +150,40 @@ class Pretraining(RunSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluating(RunSettings):
-    """Evaluations of the backbones that `checkpoints` name.
+class WatchSettings:
+    """Which trainings are watched: run folders, and names or folders of sweeps.
 
-    A `model` of None stands for the one that each checkpoint's file names.
+    `every_s` seconds lie between two looks for new checkpoints. After `patience_min` minutes in
+    which no training ran, those that are not at their end are given up.
+    """
+
+    names: Sequence[str]
+    every_s: float
+    patience_min: float
+
+    def __post_init__(self) -> None:
+        if not self.names or not all(isinstance(name, str) and name for name in self.names):
+            raise UsageError(
+                f"watch={self.names} names no training: give the run folder of one, or a sweep"
+            )
+        checks.number("watch_every_s", self.every_s, at_least=0, at_most=_DAY_S)
+        checks.number("watch_patience_min", self.patience_min, at_least=0, at_most=math.inf)
+
+    def trainings(self) -> list[Point]:
+        """Returns the trainings there are now. Raises `UsageError` if a name names none."""
+        return find_trainings("watch", self.names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluating(RunSettings):
+    """Evaluations of the backbones that `checkpoints` name, or of those that trainings save.
+
+    A `model` of None stands for the one that each checkpoint's file names. With `watch` there are
+    no `checkpoints`.
     """
 
     checkpoints: Sequence[str]
+    watch: WatchSettings | None
     checkpoint_prefix: str | None
     model: Model | None
     verdict: bool
@@ -160,7 +191,9 @@ class Evaluating(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         are_names = all(isinstance(name, str) and name for name in self.checkpoints)
-        if not self.checkpoints or not are_names:
+        if self.watch:
+            self._check_watch(self.watch)
+        elif not self.checkpoints or not are_names:
             raise UsageError(
                 f"checkpoint={self.checkpoints} names no backbone: "
                 "give a run folder, a file, or random"
@@ -174,6 +207,19 @@ class Evaluating(RunSettings):
         if PERSON in self.checkpoints:
             self._check_person()
         self._refuse_unused_view()
+
+    def _check_watch(self, watch: WatchSettings) -> None:
+        """Raises `UsageError` for settings that mean nothing where trainings are watched."""
+        given = f"watch={','.join(watch.names)}"
+        if self.checkpoints:
+            raise UsageError(
+                f"{given} evaluates the checkpoints of a training, and "
+                f"checkpoint={','.join(map(str, self.checkpoints))} names others: leave one out"
+            )
+        if self.checkpoint_prefix is not None:
+            raise UsageError(f"{given} has no prefixes: leave checkpoint_prefix out")
+        if self.verdict:
+            raise UsageError(f"{given} has no published numbers: leave verdict=true out")
 
     def _check_person(self) -> None:
         """Raises `UsageError` where a person is asked for what only a network can answer."""
@@ -221,6 +267,8 @@ class Evaluating(RunSettings):
                     f"checkpoint={name} is not there: "
                     f"give a run folder, a file, or {' or '.join(REFERENCE_MODELS)}"
                 )
+        if self.watch:
+            self.watch.trainings()
         super().check_paths(made_by_jobs)
 
 

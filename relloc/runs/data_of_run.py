@@ -24,6 +24,7 @@ from relloc.checkpoints.paths import BACKBONE_FILE, TRAINING_FOLDER
 from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
 from relloc.runs.settings import Composed
+from relloc.sweeps.trainings import find_trainings
 from relloc.terminal import escaped
 
 CONFIG_FILE = "config.yaml"
@@ -98,6 +99,9 @@ def find(
     points in the same sweep, counts: what is compared is measured on the same images. None if no
     run is named, or if the words choose the data.
     """
+    watching = command_line.watched(words)
+    if len(watching) == 1:
+        return _of_watched(watching[0], words)
     points = command_line.checkpoints(words)
     if len(points) != 1:
         return None
@@ -119,6 +123,11 @@ def find_of_point(words: Sequence[Override]) -> RunData | None:
 
 def find_shared(words: Sequence[Override]) -> RunData | None:
     """Returns the data set that all points of a sweep share, or None if they differ."""
+    watching = command_line.watched(words)
+    if watching:
+        data_of_watches = [_of_watched(names, words) for names in watching]
+        words_of_watches = {data.words if data else () for data in data_of_watches}
+        return data_of_watches[0] if len(words_of_watches) == 1 else None
     points = command_line.checkpoints(words)
     beside = itertools.chain.from_iterable(points)
     all_checkpoints = list(beside)
@@ -178,6 +187,36 @@ def _of_first(
         if run is not None:
             return _read(run, chooses_probe="probe" in chosen)
     return None
+
+
+def _of_watched(names: Sequence[str], words: Sequence[Override]) -> RunData | None:
+    """Returns the data set of the trainings that `watch=` names; None if the words choose one.
+
+    Raises:
+        UsageError: they have several, or it is not known yet since none has begun.
+    """
+    trainings = find_trainings("watch", [name for name in names if "$" not in name])
+    chosen = {word.key_or_group for word in words}
+    if not trainings or not chosen.isdisjoint(_CHOOSES_DATA):
+        return None
+    found: dict[tuple[str, ...], RunData] = {}
+    for training in trainings:
+        run = _run_of(str(training.folder))
+        data = _read(run, chooses_probe="probe" in chosen) if run else None
+        if data:
+            found.setdefault(data.words, data)
+    listed = ",".join(names)
+    if not found:
+        raise UsageError(
+            f"watch={listed}: no training has begun, so that it is not known what to evaluate on: "
+            "give data=NAME, with the folder of its images, or start this command later"
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"watch={listed}: the trainings have {len(found)} data sets, or sizes of evaluations, "
+            "and one command evaluates on one: give data=NAME, or watch them by a command each"
+        )
+    return next(iter(found.values()))
 
 
 def _run_of(checkpoint: str) -> Path | None:

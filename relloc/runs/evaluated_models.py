@@ -79,6 +79,19 @@ def evaluated_models(settings: Evaluating) -> list[EvaluatedModel]:
     return models
 
 
+def saved_model(settings: Evaluating, file: Path) -> EvaluatedModel:
+    """Loads the backbone of a file that a training saved, with its head where evaluations ask it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not fit.
+        UsageError: it needs another model=.
+    """
+    model, _ = _from_file(settings, str(file))
+    if any(one.evaluation.wants_pretext for one in settings.evaluations):
+        return _with_pretext(model)
+    return model
+
+
 def files_of_sweep() -> list[str]:
     """Returns the checkpoints of all points of the sweep that are files; none outside of sweeps."""
     names = json.loads(os.environ.get("RELLOC_SWEEP_CHECKPOINTS", "[]"))

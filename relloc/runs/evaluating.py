@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -70,7 +70,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
     engine = resolve_engine(settings.engine)
     models = evaluated_models(settings)
     _refuse_all_without_head(models, settings.evaluations)
-    _check_networks(models, settings)
+    check_networks(models, settings)
     backbones = [(model.checkpoint, model.model) for model in models]
     names = [named.name for named in settings.evaluations]
     answers = known_answers.applicable(backbones, names, settings.batch_norms)
@@ -81,6 +81,66 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
             "ResNet-50, random or torchvision's, with batch norm as trained, and an evaluation of "
             "ImageNet, Places205 or VOC2007"
         )
+
+    def name_of(data_names: Sequence[str], studies: Sequence[str]) -> str:
+        return evaluation_name(models, data_names, studies)
+
+    with prepared(settings, invocation, engine, name_of) as ready:
+        fingerprints: set[str] = set()
+        for model in models:
+            fingerprints |= ready.measure(model)
+        if ready.run.folder is None:
+            return
+        # The folder may also hold rows of other commands, which are not shown.
+        ready.run.folder.summarize(fingerprints)
+    run_dir = ready.run.run_dir
+    if settings.report:
+        print_report(run_dir)
+        # After hours of evaluations, what was said at the start is far above.
+        print_left_out(ready.left_out)
+    if settings.verdict:
+        report_known_answers(run_dir, answers, fingerprints)
+    if settings.report:
+        console.print_next("report", console.from_here(run_dir), "--out", "report.html")
+    elif fingerprints:
+        console.print_next("report", console.from_here(run_dir))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadyEvaluations:
+    """Evaluations whose images have been checked, and the open run that they are part of.
+
+    `left_out` has the reasons why others are not among them, by name.
+    """
+
+    evaluations: Sequence[NamedEvaluation]
+    settings: EvalSettings
+    strides: Sequence[str]
+    run: EvalRun
+    engine: Engine
+    left_out: Mapping[str, str]
+
+    def measure(self, model: EvaluatedModel) -> set[str]:
+        """Runs `evaluate_model` in each of the strides, with the networks on the device."""
+        fingerprints = set()
+        for variant, looking in by_strides([model], self.evaluations, self.strides):
+            with _placed(variant, self.engine):
+                fingerprints |= evaluate_model(variant, looking, self.settings, self.run)
+        return fingerprints
+
+
+@contextlib.contextmanager
+def prepared(
+    settings: Evaluating,
+    invocation: Invocation,
+    engine: Engine,
+    name_of: Callable[[Sequence[str], Sequence[str]], str],
+) -> Iterator[ReadyEvaluations]:
+    """Checks the images of all evaluations, and has the run folder open within the block.
+
+    `name_of` returns the name of the run, given the names of data sets and of studies. All ranks
+    call this together.
+    """
     # Files and processes are left in the reverse order, however the block ends.
     with contextlib.ExitStack() as at_end:
         ranks.join(engine.device)
@@ -104,8 +164,7 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
                 for splits in data
             ]
             studies = [chosen.name for chosen in settings.evaluations if chosen.group == "study"]
-            name = evaluation_name(models, data_names, studies)
-            record = invocation.record(name, data, engine)
+            record = invocation.record(name_of(data_names, studies), data, engine)
             folder = at_end.enter_context(open_folder(invocation, record, run_dir))
             at_end.enter_context(stop.reraised())
         run = EvalRun(
@@ -115,25 +174,14 @@ def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
             save_every_s=settings.save_every_s,
             reused_runs=settings.reused_runs,
         )
-        eval_settings = settings.eval_settings(engine)
-        fingerprints: set[str] = set()
-        for model, looking in by_strides(models, evaluations, settings.strides):
-            with _placed(model, engine):
-                fingerprints |= evaluate_model(model, looking, eval_settings, run)
-        if folder is None:
-            return
-        # The folder may also hold rows of other commands, which are not shown.
-        folder.summarize(fingerprints)
-    if settings.report:
-        print_report(run_dir)
-        # After hours of evaluations, what was said at the start is far above.
-        print_left_out(left_out)
-    if settings.verdict:
-        report_known_answers(run_dir, answers, fingerprints)
-    if settings.report:
-        console.print_next("report", console.from_here(run_dir), "--out", "report.html")
-    elif fingerprints:
-        console.print_next("report", console.from_here(run_dir))
+        yield ReadyEvaluations(
+            evaluations=evaluations,
+            settings=settings.eval_settings(engine),
+            strides=settings.strides,
+            run=run,
+            engine=engine,
+            left_out=left_out,
+        )
 
 
 def check_images(evaluations: Iterable[NamedEvaluation], config: EncodeConfig) -> None:
@@ -203,7 +251,7 @@ def _refuse_all_without_head(
             )
 
 
-def _check_networks(models: Sequence[EvaluatedModel], settings: Evaluating) -> None:
+def check_networks(models: Sequence[EvaluatedModel], settings: Evaluating) -> None:
     """Raises `UsageError` where an evaluation can't work on one of the networks."""
     for model, evaluations in by_strides(models, settings.evaluations, settings.strides):
         for chosen in evaluations:

@@ -332,7 +332,7 @@ def _set_to_words(overrides: Sequence[Override]) -> list[tuple[str, str]]:
     for override in overrides:
         key = override.key_or_group
         group, _, _ = key.partition(".")
-        is_free = group in _FREE or key == "checkpoint"
+        is_free = group in _FREE or key in ("checkpoint", "watch")
         if is_free or settings.is_group(key) or override.is_delete():
             continue
         for value in values(override):

@@ -21,8 +21,8 @@ from relloc.status import Status
 from relloc.tracking.record import now_ms
 
 POINT_FILE = "point.json"
-# Settings that name files: of `data`, also within evaluations, and `checkpoint` at the top
-_PATHS = ("root", "shards", "checkpoint")
+# Settings that name files: of `data`, also within evaluations; `checkpoint` and `watch` at the top
+_PATHS = ("root", "shards", "checkpoint", "watch")
 _NO_PATHS = ("random", "torchvision", "person")  # values of `checkpoint` that are no files
 _IDENTITY_DIGITS = 12
 _LONGEST_NAME = 80  # characters of a point's name in that of its folder

@@ -8,6 +8,7 @@ points it has, and only the others are sent.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ from relloc.tracking.record import (
     read_status,
 )
 from relloc.tracking.store import StoreError, open_store, store_errors
+from relloc.tracking.watched import watched_entries
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -351,12 +353,17 @@ def _identity(point: "Metric") -> tuple[str, int, str]:
 
 
 def _journal_batches(state: _SyncState) -> Iterator[PointBatch]:
-    """Yields the points of journal lines that were not sent, about `POINTS_A_BATCH` at a time."""
+    """Yields the points of curves that were not sent, about `POINTS_A_BATCH` at a time."""
     from mlflow.entities import Metric
 
-    for note_field, file in (("lines", JOURNAL_FILE), ("system", SYSTEM_FILE)):
+    readers = {
+        "lines": functools.partial(read_journal, file=JOURNAL_FILE),
+        "system": functools.partial(read_journal, file=SYSTEM_FILE),
+        "watched": watched_entries,
+    }
+    for note_field, read in readers.items():
         first_line = getattr(state.note, note_field)
-        entries = read_journal(state.run_dir, first_line, file)
+        entries = read(state.run_dir, first_line)
         last_line = first_line + len(entries)
         points: list[Metric] = []
         for line, entry in enumerate(entries, start=first_line + 1):

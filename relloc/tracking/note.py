@@ -25,6 +25,7 @@ class Note:
         record: a hash of the run.json that was sent.
         lines: how many lines of journal.jsonl were sent.
         system: how many lines of system.jsonl were sent.
+        watched: how many lines of watched.jsonl were sent.
         results: how many result rows were sent.
         results_digest: a hash of those rows.
         artifacts: size in bytes and modification time in ns of each file when it was sent.
@@ -39,6 +40,7 @@ class Note:
     record: str = ""
     lines: int = 0
     system: int = 0
+    watched: int = 0
     results: int = 0
     results_digest: str = ""
     artifacts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
@@ -69,6 +71,9 @@ def write_note(run_dir: Path, note: Note) -> None:
         OSError: the file can't be written.
     """
     fields = dataclasses.asdict(note)
+    # Few trainings are watched. Without the field, earlier versions of relloc read the note, too.
+    if not note.watched:
+        del fields["watched"]
     write_json(run_dir / NOTE_FILE, fields | {_SEAL: _seal(fields)})
 
 

@@ -13,6 +13,9 @@ from relloc.errors import UsageError
 from relloc.runs import command_line, data_of_run, settings
 from relloc.runs.data_of_run import RunData
 from relloc.runs.settings import plain
+from relloc.sweeps.points import Point
+from relloc.sweeps.sweep import Sweep
+from relloc.tracking import RunRecord
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +194,44 @@ def test_a_config_that_can_not_be_read_is_one_message(content: str) -> None:
 
 def test_a_name_that_no_run_can_have_names_none() -> None:
     assert found(f"checkpoint={'x' * 5000}") is None
+
+
+def training(folder: str, *words: str) -> Path:
+    path = run(folder, data_settings(*words))
+    RunRecord(name="t", experiment="relloc", tags={"relloc.kind": "train"}).write(path)
+    return path
+
+
+def test_watched_trainings_share_their_data_set() -> None:
+    training("a", "data=folder", "data.root=/x")
+    training("b", "data=folder", "data.root=/x")
+    training("c", "data=voc2007", "data.root=/voc")
+    for words in (["watch=a"], ["watch=[a,b]"]):
+        data = found(*words)
+        assert data is not None
+        assert (data.member, data.folders["data.root"]) == ("folder", "/x")
+    with pytest.raises(UsageError, match="2 data sets"):
+        found("watch=[a,c]")
+    assert found("watch=[a,c]", "data=photos") is None
+    # Each point of a sweep has its own.
+    sweep = ["watch=a,c"]
+    assert data_of_run.find_shared(command_line.check(sweep, sweeps=True)) is None
+    words_of_point = data_of_run.with_data(["watch=c"], ["-m", *sweep])
+    assert words_of_point[0] == "data=voc2007"
+
+
+def test_a_sweep_of_which_no_training_has_begun_has_no_data_set_yet(here: Path) -> None:
+    sweep = Sweep(here / "runs" / "sweeps" / "s")
+    point = Point(kind="train", name="", overrides=(), identity="", folder=here / "runs" / "p")
+    with sweep.locked():
+        sweep.add([point], [])
+    with pytest.raises(UsageError, match="no training has begun"):
+        found("watch=s")
+    assert found("watch=s", "data=photos") is None
+    training("runs/p", "data=voc2007", "data.root=/voc")
+    data = found("watch=s")
+    assert data is not None
+    assert data.member == "voc2007"
 
 
 def test_points_of_a_sweep_have_the_data_of_their_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:

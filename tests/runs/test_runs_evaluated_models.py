@@ -22,7 +22,7 @@ from relloc.models.resnet import ResNetBackbone
 from relloc.runs import build
 from relloc.runs.command_settings import Evaluating
 from relloc.runs.evaluated_models import evaluated_models, supervised_weights
-from relloc.runs.evaluating import _check_networks, _refuse_all_without_head
+from relloc.runs.evaluating import _refuse_all_without_head, check_networks
 from relloc.runs.naming import evaluation_name
 from relloc.runs.settings import conf_dir
 
@@ -93,10 +93,10 @@ def test_a_network_whose_maps_are_too_small_for_a_study_is_refused() -> None:
     large = of_study(*words)
     models = evaluated_models(large)
     before = {name: tensor.clone() for name, tensor in models[0].backbone.state_dict().items()}
-    _check_networks(models, large)
+    check_networks(models, large)
     small = of_study(*words, "view.short_px=64", "view.crop_px=56")
     with pytest.raises(UsageError, match=r"study\.shortcuts\.layers"):
-        _check_networks(models, small)
+        check_networks(models, small)
     # The running statistics of batch norm are as they were.
     for name, tensor in models[0].backbone.state_dict().items():
         assert torch.equal(tensor, before[name])

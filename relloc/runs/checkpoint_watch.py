@@ -1,0 +1,342 @@
+"""Evaluates the checkpoints of trainings while these go on: `relloc.evaluate watch=RUN_OR_SWEEP`.
+
+The trainings run elsewhere, and are only read: their checkpoints, their record and whether a
+process has their folder. What is measured goes into the run folder of this command, as of any
+evaluation, and from there into watched.jsonl in the folder of the training, which MLflow gets as
+curves over the steps. A repeated command measures nothing again, since rows are found by the
+fingerprint of their weights.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from relloc import ranks
+from relloc.checkpoints import backbone_files
+from relloc.checkpoints.paths import BACKBONE_FILE, saved_milestones, saved_trainings
+from relloc.errors import CheckpointError, TrainingUnfinished, UsageError
+from relloc.evaluation.contract import EvaluatedModel
+from relloc.files import path_as_text
+from relloc.results import Result, append_results, read_results
+from relloc.runs import console
+from relloc.runs.command_settings import Evaluating, WatchSettings
+from relloc.runs.engine import resolve_engine
+from relloc.runs.evaluated_models import saved_model
+from relloc.runs.evaluating import check_networks, prepared, print_left_out, print_report
+from relloc.runs.invocation import Invocation
+from relloc.status import Status
+from relloc.sweeps.point_status import PointStatus, point_statuses_and_problems
+from relloc.sweeps.points import Point
+from relloc.terminal import quantity
+from relloc.tracking import RunRecord, StoreError, sync
+from relloc.tracking.run_lock import FolderIsTaken, locked_run_folder
+from relloc.tracking.unfinished import unfinished_training
+from relloc.tracking.watched import append_watched
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """A file of weights that a training saved after `step` steps."""
+
+    path: Path
+    step: int
+
+
+@dataclasses.dataclass(kw_only=True)
+class WatchedTraining:
+    """A training whose checkpoints are evaluated, and which of them have been.
+
+    Attributes:
+        folder: its run folder, which need not exist yet.
+        done: the files that were evaluated or can't be.
+        steps_done: the steps of the weights that were evaluated.
+        final_rows: the results of backbone.safetensors, once they were measured.
+        is_given_results: whether `final_rows` are in the training's own results.
+        reported: problems that were printed already.
+    """
+
+    folder: Path
+    done: set[Path] = dataclasses.field(default_factory=set)
+    steps_done: set[int] = dataclasses.field(default_factory=set)
+    final_rows: list[Result] = dataclasses.field(default_factory=list)
+    is_given_results: bool = False
+    reported: set[str] = dataclasses.field(default_factory=set)
+    _steps: dict[Path, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def weights(self) -> Path:
+        """The file with the weights at the end of the training."""
+        return self.folder / BACKBONE_FILE
+
+    def next_checkpoint(self) -> SavedCheckpoint | None:
+        """Returns the earliest checkpoint that has yet to be evaluated, or None.
+
+        These are the milestones and the newest checkpoint; once the training is at its end, its
+        weights take the place of the newest. A checkpoint that a slow evaluation does not get to
+        before the training deletes it is left out.
+        """
+        # In this order: a milestone is saved before the checkpoint of the same step, so that no
+        # milestone turns up later than a newer checkpoint.
+        newest = saved_trainings(self.folder)[-1:]
+        if self.weights.exists():
+            newest = [self.weights]
+        found = []
+        for path in (*saved_milestones(self.folder), *newest):
+            if path in self.done:
+                continue
+            step = self._step_of(path)
+            if step is None:
+                continue
+            # The last weights are evaluated under their own name, too, by which reports know them.
+            # The runner finds that they were measured.
+            if step in self.steps_done and path != self.weights:
+                self.done.add(path)
+                continue
+            found.append(SavedCheckpoint(path=path, step=step))
+        return min(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+    def _step_of(self, path: Path) -> int | None:
+        """Returns after how many steps a file was saved, or None where it can't be read."""
+        if path not in self._steps:
+            try:
+                _, about = backbone_files.load_backbone(path)
+                self._steps[path] = int(about["step"])
+            except CheckpointError as error:
+                self.leave_out(path, str(error))
+                return None
+            except (KeyError, TypeError, ValueError):
+                self.leave_out(path, f"{path} does not say after which step it was saved")
+                return None
+        return self._steps[path]
+
+    def leave_out(self, path: Path, problem: str) -> None:
+        """Has a file no longer asked for, and prints why unless the training has deleted it."""
+        self.done.add(path)
+        if path.exists():
+            self.report(f"{problem}. It is left out")
+
+    def report(self, problem: str) -> None:
+        """Prints a problem of this training, once."""
+        if problem not in self.reported:
+            self.reported.add(problem)
+            console.print_message(f"watch   {problem}")
+
+
+def watch_trainings(settings: Evaluating, watch: WatchSettings, invocation: Invocation) -> None:
+    """Evaluates checkpoints as they appear, until the trainings have ended and all are evaluated.
+
+    Raises:
+        UsageError: a setting can't be met, or the folder is not that of such a run.
+        TrainingUnfinished: a training was not at its end, and none went on for too long.
+        DataError: images or labels can't be used.
+    """
+    engine = resolve_engine(settings.engine)
+    if ranks.world_size() > 1:
+        raise UsageError("watch= runs in one process, which takes one GPU: leave torchrun out")
+    # Wrong names are a mistake before anything is read.
+    watch.trainings()
+
+    def name_of(data_names: Sequence[str], studies: Sequence[str]) -> str:
+        names = ", ".join(Path(name).name for name in watch.names)
+        measured = [", ".join(dict.fromkeys(data_names)), ", ".join(studies)]
+        return f"watch {names} on {': '.join(filter(None, measured))}"
+
+    with prepared(settings, invocation, engine, name_of) as ready:
+        run_dir = ready.run.run_dir
+        fingerprints = Watch(
+            settings=settings,
+            watch=watch,
+            run_dir=run_dir,
+            measure=ready.measure,
+            # tracking=none of this command holds for the runs of the trainings, too.
+            is_tracked=invocation.settings["tracking"]["uri"] is not None,
+        ).to_the_end()
+        if ready.run.folder:
+            ready.run.folder.summarize(fingerprints)
+    if settings.report:
+        print_report(run_dir)
+        print_left_out(ready.left_out)
+    console.print_next("report", console.from_here(run_dir))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Watch:
+    """Evaluates the checkpoints of trainings, within a run whose folder is open.
+
+    Attributes:
+        settings: of the evaluations. watch: which trainings, and how long to wait for them.
+        run_dir: the folder of this run, which has the results of all checkpoints.
+        measure: runs the evaluations of a backbone that are not measured, and returns the
+            fingerprints of its results.
+        is_tracked: whether the MLflow runs of the trainings get the curves.
+        trainings: those that are known so far, by their folders.
+    """
+
+    settings: Evaluating
+    watch: WatchSettings
+    run_dir: Path
+    measure: Callable[[EvaluatedModel], set[str]]
+    is_tracked: bool
+    trainings: dict[Path, WatchedTraining] = dataclasses.field(default_factory=dict)
+
+    def to_the_end(self) -> set[str]:
+        """Evaluates until nothing is left to come; returns the fingerprints of the last rows.
+
+        Raises:
+            TrainingUnfinished: a training is not at its end, and none has run for a while.
+        """
+        fingerprints: dict[Path, set[str]] = {}
+        last_alive_s = time.monotonic()
+        while True:
+            # Statuses are read before files: what a training saved before it ended is seen.
+            statuses = self._statuses()
+            n_evaluated = 0
+            for status in statuses:
+                training = self.trainings[status.point.folder]
+                checkpoint = training.next_checkpoint()
+                # One of each training in turn, so that no training waits for all of another.
+                if checkpoint:
+                    n_evaluated += 1
+                    measured = self._evaluate(training, checkpoint)
+                    if measured:
+                        fingerprints[training.folder] = measured
+            is_alive = n_evaluated > 0 or any(map(_may_run, statuses))
+            if is_alive:
+                last_alive_s = time.monotonic()
+            if n_evaluated:
+                continue
+            open_trainings = [status for status in statuses if not self._has_ended(status)]
+            if not open_trainings:
+                return set().union(*fingerprints.values())
+            self._report_stopped(open_trainings)
+            idle_s = time.monotonic() - last_alive_s
+            if not is_alive and idle_s >= 60 * self.watch.patience_min:
+                raise self._unfinished(open_trainings)
+            time.sleep(self.watch.every_s)
+
+    def _statuses(self) -> list[PointStatus]:
+        """Returns how the trainings stand now, those of sweeps that got more points included."""
+        points: list[Point] = self.watch.trainings()
+        for point in points:
+            if point.folder not in self.trainings:
+                self.trainings[point.folder] = WatchedTraining(folder=point.folder)
+        statuses, problems = point_statuses_and_problems(points)
+        # A cluster that does not answer leaves the status unknown, and is asked again.
+        for problem in problems:
+            next(iter(self.trainings.values())).report(problem)
+        return statuses
+
+    def _has_ended(self, status: PointStatus) -> bool:
+        """Returns whether a training is at its end, and gives it its last results.
+
+        All that it saved has been evaluated by then.
+        """
+        training = self.trainings[status.point.folder]
+        if _may_run(status) or not training.weights.exists():
+            return False
+        if not training.is_given_results:
+            training.is_given_results = True
+            self._give_results(training)
+        return True
+
+    def _evaluate(self, training: WatchedTraining, checkpoint: SavedCheckpoint) -> set[str]:
+        """Evaluates a checkpoint and notes the results; returns their fingerprints."""
+        path = checkpoint.path
+        try:
+            model = saved_model(self.settings, path)
+        except CheckpointError as error:
+            training.leave_out(path, str(error))
+            return set()
+        check_networks([model], self.settings)
+        console.print_message(f"watch   {training.folder.name} after step {checkpoint.step}")
+        fingerprints = self.measure(model)
+        training.done.add(path)
+        training.steps_done.add(checkpoint.step)
+
+        # The rows as those of another folder, which say where they were measured.
+        rows = []
+        for row in read_results(self.run_dir):
+            if row.checkpoint == model.checkpoint and row.fingerprint in fingerprints:
+                measured_in = row.measured_in or path_as_text(self.run_dir)
+                rows.append(dataclasses.replace(row, measured_in=measured_in))
+        if path == training.weights:
+            training.final_rows = rows
+        try:
+            append_watched(training.folder, checkpoint.step, rows)
+        except OSError as error:
+            training.report(
+                f"curves can't be written into {training.folder} ({error.strerror}); what was "
+                f"measured is in {self.run_dir}"
+            )
+        else:
+            self._mirror(training)
+        return fingerprints
+
+    def _give_results(self, training: WatchedTraining) -> None:
+        """Appends the results of the final weights to those of the training that lack them.
+
+        The training has ended, so that its folder can be locked. Where somebody else has it by now,
+        the results stay in the folder of this command and in watched.jsonl.
+        """
+        try:
+            with locked_run_folder(training.folder):
+                own = read_results(training.folder)
+                known = {(row.eval, row.fingerprint) for row in own}
+                missing = [
+                    row for row in training.final_rows if (row.eval, row.fingerprint) not in known
+                ]
+                if missing:
+                    append_results(training.folder, missing)
+        except FolderIsTaken:
+            return
+        except OSError as error:
+            training.report(
+                f"results can't be written into {training.folder} ({error.strerror}); they are in "
+                f"{self.run_dir}"
+            )
+            return
+        self._mirror(training)
+
+    def _mirror(self, training: WatchedTraining) -> None:
+        """Sends the store of the training what it lacks of it, if the training has a store."""
+        try:
+            uri = RunRecord.read(training.folder).tracking_uri
+            if uri and self.is_tracked:
+                sync(training.folder, uri)
+        except (StoreError, OSError, ValueError) as error:
+            training.report(
+                f"MLflow does not receive the curves of {training.folder}: {error}. Nothing is "
+                f"lost; python -m relloc.sync {training.folder} sends them later"
+            )
+
+    def _report_stopped(self, open_trainings: Sequence[PointStatus]) -> None:
+        """Prints once of each training that no process has it though it is not at its end."""
+        for status in open_trainings:
+            training = self.trainings[status.point.folder]
+            if _may_run(status):
+                # It went on: should it stop again, that is news.
+                training.reported.clear()
+            elif status.status is not Status.MISSING:
+                training.report(f"{_how_it_stands(status)}. It is waited for")
+
+    def _unfinished(self, open_trainings: Sequence[PointStatus]) -> TrainingUnfinished:
+        """Returns the error for trainings that are given up."""
+        reasons = "; ".join(map(_how_it_stands, open_trainings))
+        return TrainingUnfinished(
+            f"{quantity(len(open_trainings), 'training')} of {len(self.trainings)} did not come to "
+            f"the end, and none was running for {self.watch.patience_min:g} minutes "
+            f"(watch_patience_min): {reasons}. All checkpoints that were saved are evaluated; the "
+            "same command goes on when the trainings do"
+        )
+
+
+def _may_run(status: PointStatus) -> bool:
+    """Returns whether a process has a training or will have it, as far as can be known."""
+    return status.in_flight or status.status is Status.UNKNOWN
+
+
+def _how_it_stands(status: PointStatus) -> str:
+    """Returns in words how far a training is that nobody runs."""
+    folder = status.point.folder
+    return unfinished_training(folder) or f"{folder} is {status.status.word}"

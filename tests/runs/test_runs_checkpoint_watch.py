@@ -1,0 +1,263 @@
+"""Which checkpoints of which trainings are evaluated in which order, and when that ends."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from relloc.checkpoints.backbone_files import BACKBONE_FILE, save_backbone
+from relloc.checkpoints.states import save_training
+from relloc.errors import TrainingUnfinished, UsageError
+from relloc.evaluation.contract import EvaluatedModel
+from relloc.models.small import SmallBackbone
+from relloc.results import Result, append_results, read_results
+from relloc.runs import build
+from relloc.runs.checkpoint_watch import Watch, WatchedTraining
+from relloc.runs.command_settings import WatchSettings
+from relloc.runs.settings import compose
+from relloc.sweeps.points import Point
+from relloc.sweeps.sweep import Sweep
+from relloc.tracking import RunRecord, write_status
+from relloc.tracking.run_lock import locked_run_folder
+from relloc.tracking.watched import read_watched
+
+WIDTHS = [8, 8, 8, 8, 8]
+ABOUT = {
+    "model": {
+        "name": "small",
+        "backbone": {"_target_": "relloc.models.small.SmallBackbone", "widths": WIDTHS},
+    }
+}
+
+
+class Training:
+    """The run folder of a training, as it grows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        RunRecord(name="t", experiment="relloc", tags={"relloc.kind": "train"}).write(folder)
+        write_status(folder, "RUNNING")
+
+    def _backbone(self, step: int) -> SmallBackbone:
+        torch.manual_seed(step)
+        return SmallBackbone(widths=WIDTHS)
+
+    def save(self, step: int, milestone: str | None = None) -> "Training":
+        state = self._backbone(step).state_dict()
+        model = {f"backbone.{name}": tensor for name, tensor in state.items()}
+        content = {"model": model, "about": {**ABOUT, "step": step}}
+        save_training(self.folder, content, step, milestone)
+        return self
+
+    def finish(self, step: int) -> "Training":
+        self.save(step)
+        about = {**ABOUT, "step": step}
+        save_backbone(self.folder / BACKBONE_FILE, self._backbone(step), about)
+        write_status(self.folder, "FINISHED")
+        return self
+
+
+class Measuring:
+    """Stands for evaluations: each weights has one number. `then` is called after each."""
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir()
+        self.run_dir = run_dir
+        self.measured: list[str] = []
+        self.then: Callable[[], object] = lambda: None
+
+    def measure(self, model: EvaluatedModel) -> set[str]:
+        file = Path(model.checkpoint)
+        row = Result(
+            eval="knn",
+            dataset="photos",
+            split="held_out",
+            layer="feature4",
+            metric="top1",
+            value=float(len(self.measured)),
+            n=40,
+            seed=0,
+            checkpoint=model.checkpoint,
+            model=model.model,
+            fingerprint=model.weights,
+        )
+        # The runner finds weights that were measured under another name.
+        known = [
+            dataclasses.replace(each, checkpoint=model.checkpoint)
+            for each in read_results(self.run_dir)
+            if each.fingerprint == model.weights
+        ]
+        append_results(self.run_dir, known[:1] or [row])
+        self.measured.append(f"found {file.name}" if known else file.name)
+        self.then()
+        return {model.weights}
+
+
+@pytest.fixture
+def measuring(tmp_path: Path) -> Measuring:
+    return Measuring(tmp_path / "watcher")
+
+
+def watch(measuring: Measuring, *names: Path) -> Watch:
+    words = [
+        f"watch=[{','.join(map(str, names))}]",
+        "watch_every_s=0",
+        "watch_patience_min=0",
+        "eval=[knn]",
+        "view={short_px: 64, crop_px: 56}",
+        "tracking=none",
+    ]
+    settings = build.evaluating(compose("evaluate", words).config)
+    assert settings.watch is not None
+    return Watch(
+        settings=settings,
+        watch=settings.watch,
+        run_dir=measuring.run_dir,
+        measure=measuring.measure,
+        is_tracked=False,
+    )
+
+
+def steps(training: Training) -> list[int]:
+    return [each.step for each in read_watched(training.folder)]
+
+
+def test_milestones_come_in_their_order_then_the_newest_and_the_end(
+    tmp_path: Path, measuring: Measuring
+) -> None:
+    training = Training(tmp_path / "runs" / "one")
+    training.save(10, "epoch_10").save(2, "epoch_2").save(12).save(14)
+    later = iter([None, None, lambda: training.save(16, "epoch_16"), lambda: training.finish(20)])
+
+    def go_on() -> None:
+        happens = next(later, None)
+        if happens:
+            happens()
+
+    measuring.then = go_on
+    watch(measuring, training.folder).to_the_end()
+    # After step 16 there are a milestone and the newest, of the same weights.
+    files = ["epoch_2.pt", "epoch_10.pt", "step_000000014.pt", "epoch_16.pt", BACKBONE_FILE]
+    assert measuring.measured == files
+    assert steps(training) == [2, 10, 14, 16, 20]
+    # What was measured of the weights at the end is a result of the training.
+    [final] = read_results(training.folder)
+    assert Path(final.checkpoint) == training.folder / BACKBONE_FILE
+    assert final.measured_in == str(measuring.run_dir)
+
+    # Once more, as after its own restart: everything is found, and noted once.
+    watch(measuring, training.folder).to_the_end()
+    assert steps(training) == [2, 10, 14, 16, 20]
+    assert read_results(training.folder) == [final]
+
+
+def test_the_newest_weights_are_those_of_the_end_under_another_name(
+    tmp_path: Path, measuring: Measuring
+) -> None:
+    training = Training(tmp_path / "one").save(20)
+    measuring.then = lambda: training.finish(20) if len(measuring.measured) == 1 else None
+    watch(measuring, training.folder).to_the_end()
+    assert measuring.measured == ["step_000000020.pt", f"found {BACKBONE_FILE}"]
+    assert steps(training) == [20]
+    assert len(read_results(training.folder)) == 1
+
+
+def test_a_training_that_died_is_said_to_have_and_its_checkpoints_are_evaluated(
+    tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead = Training(tmp_path / "dead").save(6)
+    ended = Training(tmp_path / "ended").finish(8)
+    with pytest.raises(TrainingUnfinished, match=r"1 training of 2 .*dead was stopped at step 6"):
+        watch(measuring, dead.folder, ended.folder).to_the_end()
+    assert measuring.measured == ["step_000000006.pt", BACKBONE_FILE]
+    assert "dead was stopped at step 6" in capsys.readouterr().out
+
+
+def test_a_training_that_runs_is_waited_for(
+    tmp_path: Path, measuring: Measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(tmp_path / "one")
+    looks = 0
+
+    def sleep(_seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            training.finish(4)
+        assert looks < 9
+
+    monkeypatch.setattr("relloc.runs.checkpoint_watch.time.sleep", sleep)
+    # Held by this process, which is_held tells as it tells another. Its results can't be given to
+    # it as long as it has the folder, and so it is not at its end.
+    with locked_run_folder(training.folder), pytest.raises(AssertionError):
+        watch(measuring, training.folder).to_the_end()
+    assert looks == 9
+    assert measuring.measured == [BACKBONE_FILE]
+    assert read_results(training.folder) == []
+
+
+def test_points_of_a_sweep_may_begin_later(tmp_path: Path, measuring: Measuring) -> None:
+    sweep = Sweep(tmp_path / "runs" / "sweeps" / "s")
+
+    def add(*names: str) -> None:
+        points = []
+        for name in names:
+            folder = tmp_path / "runs" / name
+            words = (f"seed={name}",)
+            points.append(
+                Point(kind="train", name=name, overrides=words, identity=name, folder=folder)
+            )
+        with sweep.locked():
+            sweep.add(points, ["train"])
+
+    add("a", "b")
+    a = Training(tmp_path / "runs" / "a").save(2, "epoch_2").finish(4)
+    begun: list[Training] = []
+
+    def go_on() -> None:
+        if len(measuring.measured) == 1:
+            add("c")
+            begun.extend(Training(tmp_path / "runs" / name).finish(5) for name in "bc")
+
+    measuring.then = go_on
+    watch(measuring, sweep.folder).to_the_end()
+    # One of each training in turn.
+    assert sorted(measuring.measured[1:3]) == [BACKBONE_FILE] * 2
+    assert [steps(training) for training in (a, *begun)] == [[2, 4], [5], [5]]
+
+
+def test_a_checkpoint_that_is_deleted_or_damaged_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(tmp_path / "one").save(2, "epoch_2").save(4)
+    checkpoints = training.folder / "checkpoints"
+    with (checkpoints / "epoch_2.pt").open("r+b") as file:
+        file.truncate(100)
+    watched = WatchedTraining(folder=training.folder)
+    found = watched.next_checkpoint()
+    assert found is not None
+    assert found.step == 4
+    assert capsys.readouterr().out.count("epoch_2.pt is damaged") == 1
+    found.path.unlink()
+    watched.leave_out(found.path, "gone")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("problem", ["missing", "empty", "evaluation", "sweep of evaluations"])
+def test_what_is_no_training_is_refused(tmp_path: Path, problem: str) -> None:
+    name = tmp_path / "x"
+    if problem == "empty":
+        name.mkdir()
+    elif problem == "evaluation":
+        name.mkdir()
+        RunRecord(name="e", experiment="relloc", tags={"relloc.kind": "evaluate"}).write(name)
+    elif problem == "sweep of evaluations":
+        sweep = Sweep(name)
+        with sweep.locked():
+            point = Point(kind="evaluate", name="", overrides=(), identity="", folder=name / "p")
+            sweep.add([point], [])
+    with pytest.raises(UsageError, match=f"^watch={name} "):
+        WatchSettings(names=[str(name)], every_s=1, patience_min=1).trainings()
