@@ -39,6 +39,7 @@ from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.fetching import fetch_runs
 from relloc.tracking.record import RUN_FILE, Scalar
+from relloc.tracking.watched import watched_entries
 
 SELECT, RUNS, MLFLOW = "RELLOC_SELECT", "RELLOC_RUNS", "RELLOC_MLFLOW"
 _SWEEP = "sweep="
@@ -306,7 +307,9 @@ def _each_once(frame: Frame) -> Frame:
 
 
 def load_curves(words: Sequence[str] | None = None) -> Frame:
-    """Returns a data frame with a row for each metric and step in the journals of selected runs.
+    """Returns a data frame with a row for each metric and step of the curves of selected runs.
+
+    These are those of the journals, and of what was watched: `watch/knn/feature4/top1_k20`.
 
     Its columns are `run`, `folder`, `step`, `metric`, `value`, `images_seen` (millions, of
     trainings whose images a step are recorded), and of trainings the columns `study`, `settings`,
@@ -329,7 +332,7 @@ def load_curves(words: Sequence[str] | None = None) -> Frame:
         settings = neutral.settings_of_weights(record.params)
         seed = settings.pop("seed", 0)
         a_step = record.params.get("recipe.images_per_step")
-        for entry in read_journal(folder):
+        for entry in (*read_journal(folder), *watched_entries(folder)):
             for metric, value in entry.metrics.items():
                 rows.append(
                     {

@@ -13,7 +13,8 @@
 # # How did pretraining go, and did it still improve at its end?
 #
 # Pretext loss, accuracy on training and held-out images, the RankMe (effective rank) of features
-# and nearest neighbors on labeled images, over the images seen. Trainings that differ in their seed
+# and nearest neighbors on labeled images, over the images seen; and what
+# `python -m relloc.evaluate watch=` measured meanwhile. Trainings that differ in their seed
 # alone are one line, their mean, with the range from the lowest to the highest.
 
 # %% [markdown]
@@ -50,6 +51,11 @@ PANELS = {
 }
 for name in neighbors[:1]:
     PANELS[name] = "nearest neighbors,\nfeature4, top-1 (%)"
+# Of evaluations that were watched the accuracy, that of nearest neighbors with 20 of them
+for name in sorted(measured):
+    if name.startswith("watch/") and name.endswith(("/feature4/top1", "/feature4/top1_k20")):
+        evaluation = name.split("/")[1].replace("_recalibrated", ", recalibrated")
+        PANELS[name] = f"{evaluation},\nfeature4, top-1 (%)"
 metrics = [metric for metric in PANELS if metric in measured]
 # Older runs did not record how many images a step has
 x_axis = "images_seen" if curves["images_seen"].notna().all() else "step"

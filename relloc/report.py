@@ -130,7 +130,8 @@ def parser() -> argparse.ArgumentParser:
         "--prediction",
         action="store_true",
         help="only rank correlations of measures without labels (eval=label_free, pretext "
-        "accuracy) with accuracies, over the runs; as CSV with a line for each",
+        "accuracy), and of measures after a tenth of the trainings, with accuracies at the end, "
+        "over the runs; as CSV with a line for each",
     )
     words.add_argument("--out", metavar="FILE", type=Path, help="write to FILE, don't print")
     return words
@@ -169,7 +170,7 @@ def _all_run_folders(options: argparse.Namespace) -> list[Path]:
 
 
 def _report_prediction(sweeps: Sequence[str], options: argparse.Namespace) -> None:
-    """Reports how well measures without labels predict accuracies."""
+    """Reports how well measures without labels, and early measures, predict accuracies."""
     if len(sweeps) > 1 or (sweeps and len(options.folders) > 1):
         raise UsageError(
             f"{sweeps[0]} is reported alone: leave out the other folders and sweeps, or name all "
@@ -190,14 +191,14 @@ def _report_prediction(sweeps: Sequence[str], options: argparse.Namespace) -> No
     observed = observations(select(find_measured(folders), options.filters))
     # Imported here, as scipy.stats takes a while
     from relloc.reports.prediction import (
+        all_predictions,
         as_prediction_csv,
         check_enough,
         prediction_report,
-        predictions,
     )
 
     check_enough(observed, of)
-    found = predictions(observed)
+    found = all_predictions(observed)
     if form == "csv":
         text = as_prediction_csv(found)
     else:
@@ -214,15 +215,19 @@ def _with_prediction(report: Report, measured: Sequence[Measured]) -> Report:
     observed = observations(measured)
     if observed.n_points >= FEWEST_POINTS:
         # Imported here, as scipy.stats takes a while, which other reports need not wait for
-        from relloc.reports.prediction import LEGEND, prediction_group, predictions
+        from relloc.reports.prediction import (
+            all_predictions,
+            prediction_groups,
+            prediction_legend,
+        )
 
-        group = prediction_group(predictions(observed))
-        if not group.tables:
+        groups = prediction_groups(all_predictions(observed))
+        if not groups:
             return report
         return dataclasses.replace(
             report,
-            groups=(*report.groups, group),
-            legend=(*report.legend, LEGEND),
+            groups=(*report.groups, *groups),
+            legend=(*report.legend, *prediction_legend(groups)),
         )
     return dataclasses.replace(report, legend=(*report.legend, *_too_few(observed)))
 

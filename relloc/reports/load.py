@@ -5,12 +5,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.errors import DataError
 from relloc.reports.folder_names import with_folder_names
 from relloc.reports.published import BEST_LAYER
 from relloc.results import RESULTS_FILE, Result, read_results
 from relloc.tracking.record import RUN_FILE, RunRecord
 from relloc.tracking.unfinished import unfinished_training
+from relloc.tracking.watched import read_watched
 
 UNKNOWN_COMMIT = "unknown commit"
 
@@ -167,7 +169,7 @@ def _results_in(folder: Path) -> Iterator[Measured]:
         # Each run that measured some of the rows is read once
         record = RunRecord.read(folder)
         own = _run(folder, record)
-        rows = read_results(folder)
+        rows = without_curves(read_results(folder), record)
         origins = {row.measured_in: _origin(row.measured_in, own) for row in rows}
     except (ValueError, OSError) as error:
         raise DataError(f"{error}: repair or remove it, or name other folders") from error
@@ -178,6 +180,46 @@ def _results_in(folder: Path) -> Iterator[Measured]:
             run=origins[row.measured_in],
             recorded_dataset=row.dataset,
         )
+
+
+def without_curves(rows: Sequence[Result], record: RunRecord) -> Sequence[Result]:
+    """Returns the results of a run without those of trainings that had not come to their end.
+
+    A run that watched trainings measured all their checkpoints. Those before the end are points of
+    curves (`find_watched`); in tables they would be lines without number, or be taken for repeats.
+
+    Args:
+        rows: The results of the run.
+        record: The record of the run.
+    """
+    if "watch" not in record.params:
+        return rows
+    return [row for row in rows if Path(row.checkpoint).name == BACKBONE_FILE]
+
+
+def find_watched(folder: Path) -> list[tuple[int, Measured]]:
+    """Returns what was measured of a training's checkpoints, each with the step of the training.
+
+    Raises:
+        DataError: A file is broken.
+    """
+    try:
+        record = RunRecord.read(folder)
+        own = _run(folder, record)
+        watched = read_watched(folder)
+        places = {each.result.measured_in for each in watched}
+        origins = {place: _origin(place, own) for place in places}
+    except (ValueError, OSError) as error:
+        raise DataError(f"{error}: repair or remove it, or name other folders") from error
+    rows = [each.result for each in watched]
+    found = []
+    for each, named in zip(watched, with_folder_names(rows, record.params), strict=True):
+        row = each.result
+        measured = Measured(
+            result=named, run=origins[row.measured_in], recorded_dataset=row.dataset
+        )
+        found.append((each.step, measured))
+    return found
 
 
 def _origin(measured_in: str, own: Run) -> Run:

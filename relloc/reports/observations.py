@@ -25,7 +25,8 @@ class Quantity:
     """What is measured: all that rows must share for their values to compare between weights.
 
     The fields are those of `Result`; `images` is the digest of the images, "" where it was not
-    recorded. `layer` is "" for what is of the whole network.
+    recorded. `layer` is "" for what is of the whole network. `progress` is the part of the training
+    after which it was measured, from 0 to 1.
     """
 
     eval: str
@@ -42,6 +43,7 @@ class Quantity:
     view: str
     precision: str
     protocol: str
+    progress: float = 1.0
 
     @property
     def without_layer(self) -> "Quantity":
@@ -114,9 +116,9 @@ def observations(measured: Iterable[Measured]) -> Observations:
     accuracies: dict[Quantity, dict[tuple[str, int], float]] = defaultdict(dict)
     for each in measured:
         row = each.result
-        if _is_measure(row):
+        if is_measure(row):
             by_quantity = measures
-        elif _is_accuracy(row):
+        elif is_accuracy(row):
             by_quantity = accuracies
         else:
             continue
@@ -127,15 +129,16 @@ def observations(measured: Iterable[Measured]) -> Observations:
             records[folder] = RunRecord.read(folder) if exists else None
         weights, point = _weights_and_point(row, folder, records[folder])
         points[weights] = point
-        by_quantity[_quantity(each)][weights, row.seed] = row.value
+        by_quantity[quantity_of(each)][weights, row.seed] = row.value
     return Observations(
         points=points,
-        measures=_means_over_seeds(measures),
-        accuracies=_means_over_seeds(accuracies),
+        measures=means_over_seeds(measures),
+        accuracies=means_over_seeds(accuracies),
     )
 
 
-def _is_measure(row: Result) -> bool:
+def is_measure(row: Result) -> bool:
+    """Returns whether a result is known without labels."""
     if row.checkpoint in REFERENCE_MODELS:
         return False
     if row.kind == "pretext":
@@ -146,7 +149,8 @@ def _is_measure(row: Result) -> bool:
     return row.kind == "frozen" and row.higher_is_better is None and is_whole
 
 
-def _is_accuracy(row: Result) -> bool:
+def is_accuracy(row: Result) -> bool:
+    """Returns whether a result is the headline accuracy of an evaluation with labels."""
     is_of_labels = row.kind in ("frozen", "fine-tuned") and row.higher_is_better is True
     is_headline = row.headline and row.unit == "%" and not row.spread
     return is_of_labels and is_headline and row.checkpoint not in REFERENCE_MODELS
@@ -166,7 +170,8 @@ def _weights_and_point(row: Result, folder: Path, record: RunRecord | None) -> t
     return weights, f"{pretraining.name} {pretraining.settings} {pretraining.images}"
 
 
-def _quantity(each: Measured) -> Quantity:
+def quantity_of(each: Measured) -> Quantity:
+    """Returns what a result measures."""
     row = each.result
     return Quantity(
         eval=row.eval,
@@ -188,7 +193,7 @@ def _quantity(each: Measured) -> Quantity:
     )
 
 
-def _means_over_seeds(
+def means_over_seeds(
     values: Mapping[Quantity, Mapping[tuple[str, int], float]],
 ) -> dict[Quantity, Values]:
     """Returns the mean of each weights over the seeds of their evaluation."""

@@ -1,4 +1,4 @@
-"""Tells how well measures without labels rank weights by their accuracy.
+"""Tells how well measures without labels, or early ones, rank weights by their accuracy.
 
 Rank correlations have intervals of a bootstrap over settings: weights that differ in their seed
 alone are no independent samples of what settings do, and are drawn together.
@@ -16,6 +16,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from relloc.errors import DataError
 from relloc.reports.as_csv import as_text
+from relloc.reports.early import early_observations
 from relloc.reports.observations import FEWEST_POINTS, Observations, Quantity
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS
@@ -31,6 +32,12 @@ LEGEND = (
     f"{_DRAWS:,} draws of a bootstrap over settings, whose seeds stay together. Of few settings "
     "such intervals are too narrow rather than too wide. Random and supervised weights are left "
     f"out. {MISSING}: fewer than {FEWEST_POINTS} settings, or all values are the same."
+)
+
+EARLY_TITLE = "Early answers: do measures after a tenth of the training predict its end?"
+EARLY_LEGEND = (
+    f"{EARLY_TITLE} The same correlations, of what monitors and `relloc.evaluate watch=` measured "
+    "closest to a tenth of the steps, between 5 and 15 %, with the accuracy at the end."
 )
 
 Vector = Float[np.ndarray, "m"]
@@ -213,18 +220,39 @@ def check_enough(observed: Observations, of: str) -> None:
         )
 
 
+def all_predictions(observed: Observations) -> list[Prediction]:
+    """Returns the correlations of measures at the end of trainings, and of those early in them."""
+    return predictions(observed) + predictions(early_observations(observed))
+
+
 def prediction_report(found: Sequence[Prediction], title: str) -> Report:
     """Returns a report of correlations alone."""
+    groups = prediction_groups(found)
     return Report(
         title=title,
-        groups=(prediction_group(found),),
-        legend=(LEGEND,),
+        groups=groups,
+        legend=prediction_legend(groups),
         advice="",
         missing=(),
     )
 
 
-def prediction_group(found: Sequence[Prediction]) -> Group:
+def prediction_groups(found: Sequence[Prediction]) -> tuple[Group, ...]:
+    """Returns the tables of measures at the end, and those of early ones if there are any."""
+    at_end = [each for each in found if each.measure.progress == 1]
+    early = [each for each in found if each.measure.progress < 1]
+    groups = (prediction_group(at_end), prediction_group(early, EARLY_TITLE))
+    return tuple(group for group in groups if group.tables)
+
+
+def prediction_legend(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Returns what is to be said of the tables of `prediction_groups`."""
+    if any(group.title == EARLY_TITLE for group in groups):
+        return (LEGEND, EARLY_LEGEND)
+    return (LEGEND,)
+
+
+def prediction_group(found: Sequence[Prediction], title: str = TITLE) -> Group:
     """Returns the tables of correlations: one for each accuracy, with a column for each layer.
 
     Accuracies of which no correlation can be told have no table.
@@ -236,7 +264,7 @@ def prediction_group(found: Sequence[Prediction]) -> Group:
     for accuracy, of_accuracy in by_accuracy.items():
         if any(each.spearman for each in of_accuracy):
             tables.append(_table(accuracy, of_accuracy))
-    return Group(title=TITLE, tables=tuple(tables))
+    return Group(title=title, tables=tuple(tables))
 
 
 def _table(accuracy: Quantity, found: Sequence[Prediction]) -> Table:
@@ -328,7 +356,9 @@ def _csv_line(prediction: Prediction) -> Mapping[str, object]:
     for side, measured in (("measure", prediction.measure), ("accuracy", prediction.accuracy)):
         line[side] = measured.name
         for field, value in dataclasses.asdict(measured).items():
-            if field not in ("layer", "model"):
+            # Accuracies are those at the end.
+            is_accuracy_of_end = (side, field) == ("accuracy", "progress")
+            if field not in ("layer", "model") and not is_accuracy_of_end:
                 line[f"{side}_{field}"] = value
     line["runs"] = prediction.n_weights
     line["settings"] = prediction.n_points

@@ -16,6 +16,7 @@ from relloc.errors import DataError
 from relloc.reports.as_csv import as_text
 from relloc.reports.folder_names import with_folder_names
 from relloc.reports.lines import short_names
+from relloc.reports.load import without_curves
 from relloc.reports.missing import MissingEvaluations
 from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS, REFERENCE_MODELS, Result, read_results
@@ -155,7 +156,8 @@ def _results_of(point: Point) -> Iterable[Result]:
     last: dict[object, Result] = {}
     rows: Iterable[Result] = read_results(point.folder)
     if (point.folder / RUN_FILE).exists():
-        rows = with_folder_names(rows, RunRecord.read(point.folder).params)
+        record = RunRecord.read(point.folder)
+        rows = with_folder_names(without_curves([*rows], record), record.params)
     for row in rows:
         number = (row.tracked_name, row.dataset, row.split, row.checkpoint)
         last[number] = row

@@ -28,7 +28,7 @@ def unfinished_training(run_dir: Path) -> str:
     checkpoints = saved_trainings(run_dir)
     newest = checkpoints[-1].stem if checkpoints else ""
     step = newest.removeprefix("step_").lstrip("0") or "0"
-    n_steps = _planned_steps(run_dir, record)
+    n_steps = planned_steps(run_dir, record)
     progress = f"step {step}" if n_steps is None else f"step {step} of {n_steps}"
     return (
         f"{run_dir} was stopped at {progress}, and has no weights before the end: "
@@ -36,7 +36,7 @@ def unfinished_training(run_dir: Path) -> str:
     )
 
 
-def _planned_steps(run_dir: Path, record: RunRecord) -> int | None:
+def planned_steps(run_dir: Path, record: RunRecord) -> int | None:
     """Return how many steps the whole training has, or None if nothing was logged yet.
 
     run.json has the epochs; the journal tells how many steps an epoch has.

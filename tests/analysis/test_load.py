@@ -10,6 +10,7 @@ import pytest
 from relloc.errors import DataError, UsageError
 from relloc.results import Result, append_results, read_results
 from relloc.tracking import DatasetRecord, RunRecord, sync
+from relloc.tracking.watched import append_watched
 
 
 def row(**changes) -> Result:
@@ -178,14 +179,20 @@ def test_no_runs_are_told(here):
 
 
 def test_curves_are_of_trainings_by_images_seen(runs):
+    knn = next(each for each in read_results(runs / "long") if each.eval == "knn")
+    append_watched(runs / "long", 4, [knn])
     curves = load.load_curves(["grid.gap_px=8", "grid.jitter_px=0"])
     assert curves["folder"].nunique() == 3
+    [watched] = curves[curves["metric"] == f"watch/{knn.tracked_name}"].to_dict("records")
+    assert (watched["folder"], watched["step"], watched["value"]) == ("long", 4, knn.value)
     last = curves[(curves["folder"] == "long") & (curves["metric"] == "train/loss")].iloc[-1]
     assert last["images_seen"] == pytest.approx(last["step"] * 16 / 1e6)
 
 
 @pytest.mark.slow
 def test_a_store_of_mlflow_gives_what_run_folders_give(runs, monkeypatch, tmp_path):
+    knn = next(each for each in read_results(runs / "long") if each.eval == "knn")
+    append_watched(runs / "long", 4, [knn])
     results, curves = load.load_results(), load.load_curves()
     of_sweep = load.load_results(["sweep=gaps", "eval=knn"])
     # Among them are rows of random weights that one run measured and others copied

@@ -159,3 +159,16 @@ def test_older_rows_of_unnamed_images_are_called_after_the_folder(
     append_results(run, [result("knn", "avgpool", "top1_k20", 1.0, dataset="folder")])
     [found] = find_measured([run])
     assert (found.result.dataset, found.digest) == (called, "12")
+
+
+def test_of_a_run_that_watched_trainings_the_end_is_reported(new_run, result) -> None:
+    folder = new_run(
+        "watcher",
+        result("knn", "avgpool", "top1_k20", 1.0, checkpoint="/one/checkpoints/epoch_1.pt"),
+        result("knn", "avgpool", "top1_k20", 2.0, checkpoint="/one/backbone.safetensors"),
+    )
+    assert len(find_measured([folder])) == 2
+    record = RunRecord.read(folder)
+    dataclasses.replace(record, params={**record.params, "watch": "/one"}).write(folder)
+    [end] = find_measured([folder])
+    assert end.result.value == 2

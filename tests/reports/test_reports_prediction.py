@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,21 +11,26 @@ import scipy.stats
 
 from relloc.errors import DataError
 from relloc.report import main
+from relloc.reports.early import early_observations
 from relloc.reports.load import find_measured
 from relloc.reports.observations import Observations, observations
 from relloc.reports.prediction import (
+    EARLY_TITLE,
     TITLE,
     Prediction,
     correlations,
     counted_kendall,
     counted_spearman,
     prediction_group,
+    prediction_groups,
     predictions,
 )
 from relloc.results import Result, append_results
 from relloc.sweeps.points import Point
 from relloc.sweeps.sweep import Sweep
+from relloc.tracking.journal import Journal
 from relloc.tracking.record import DatasetRecord, RunRecord, write_status
+from relloc.tracking.watched import append_watched
 
 RNG = np.random.default_rng(0)
 NewRun = Callable[..., Path]
@@ -255,6 +261,72 @@ def test_an_evaluation_of_a_run_is_joined_with_what_it_measured_of_itself(
     assert len(of_measure) == 2
     assert of_accuracy.keys() < of_measure.keys()
     assert len(set(seen.points.values())) == 2
+
+
+@pytest.fixture
+def watched(pretrained: NewRun) -> Callable[[int], Path]:
+    """A training of 100 steps, which monitors and another process measured meanwhile."""
+
+    def new(gap: int) -> Path:
+        folder = pretrained(row("top1", 10.0 * gap), gap=gap)
+        record = RunRecord.read(folder)
+        more = {"schedule.epochs": 10, "model.name": "small", "monitor.images": 20}
+        dataclasses.replace(record, params={**record.params, **more}).write(folder)
+        journal = Journal(folder)
+        for step, rank in ((10, -gap), (100, gap)):
+            metrics = {
+                "train/epoch": step / 10,
+                "monitor/rankme/feature4": float(rank),
+                "monitor/pretext/top1": 50.0 + rank,
+                "monitor/pretext/top1_up": 1.0,
+                "monitor/knn/feature4/top1_k20": float("nan"),
+            }
+            journal.log(metrics, step)
+        # The one closest to step 10 counts, and none that is far from it.
+        for step, rank in ((14, -gap), (9, gap), (100, -gap)):
+            append_watched(folder, step, [row("top1", float(rank), checkpoint="x/step.pt")])
+        append_watched(folder, 40, [row("rankme", float(gap), checkpoint="x/step.pt")])
+        return folder
+
+    return new
+
+
+def test_measures_after_a_tenth_are_held_against_the_end(watched, tmp_path: Path) -> None:
+    for gap in range(6):
+        watched(gap)
+    early = early_observations(observed(tmp_path))
+    found = by_names(predictions(early))
+    rhos = {key: each.spearman and each.spearman.value for key, each in found.items()}
+    assert rhos == {
+        ("RankMe of monitors", "top1", "feature4"): pytest.approx(-1),
+        ("pretext accuracy", "top1", "feature4"): pytest.approx(-1),
+        ("linear/top1", "top1", "feature4"): pytest.approx(1),
+    }
+    # The held-out set has fewer images than monitors ask for.
+    assert {measure.n for measure in early.measures if measure.eval == "monitor"} == {9, 72}
+    [group] = prediction_groups(list(found.values()))
+    assert group.title == EARLY_TITLE
+
+
+def test_a_report_has_early_answers_beside_those_at_the_end(
+    watched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for gap in range(5):
+        folder = watched(gap)
+        append_results(folder, [row("pretext", 50.0 - gap)])
+    runs = str(tmp_path / "runs")
+    assert main([runs]) == 0
+    output = capsys.readouterr().out
+    assert output.index(f"## {TITLE}") < output.index(f"## {EARLY_TITLE}")
+    assert main([runs, "--prediction", "--format", "csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    rhos = {(line["measure"], line["measure_progress"]): float(line["spearman"]) for line in lines}
+    assert rhos == {
+        ("pretext accuracy", "1.0"): pytest.approx(-1),
+        ("pretext accuracy", "0.1"): pytest.approx(-1),
+        ("RankMe of monitors", "0.1"): pytest.approx(-1),
+        ("linear/top1", "0.1"): pytest.approx(1),
+    }
 
 
 def test_values_that_are_all_the_same_have_no_correlation(
