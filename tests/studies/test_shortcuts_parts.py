@@ -263,6 +263,22 @@ def test_only_numbers_of_several_sources_have_an_interval(sources: list[str]) ->
     assert ("interval, clustered" in score.details[-1]) == (n_sources > 1)
 
 
+@pytest.mark.parametrize(
+    ("half_width", "is_told"), [(2.0, True), (0.0, False), (float("inf"), False)]
+)
+def test_a_sentence_has_an_interval_that_tells_something(half_width: float, is_told: bool) -> None:
+    verdict = Verdict(
+        shortcut="a",
+        title="b",
+        effect=effect(67.0, half_width),
+        unit="points",
+        meaning="",
+        origin=Origin(),
+    )
+    assert "+67.0 points" in verdict.sentence
+    assert ("65.0 to +69.0" in verdict.sentence) == ("interval" in verdict.sentence) == is_told
+
+
 def test_verdicts_follow_from_intervals() -> None:
     assert judge(effect(2.0, 0.5), 1.0, verdicts=7) == (USES, "")
     assert judge(effect(-2.0, 0.5), 1.0, verdicts=7) == (USES_WRONGLY, "")

@@ -14,7 +14,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from relloc.data.image_set import ImageSet
-from relloc.data.samples import SampleBatch, read_samples
 from relloc.errors import DataError
 from relloc.evaluation.contract import PretextModel
 from relloc.features.source import EncodeConfig
@@ -24,6 +23,7 @@ from relloc.patches.pipeline import Color
 from relloc.patches.sample import sample_places
 from relloc.seeds import Use, seed_for
 from relloc.studies.asking import ImageGrids, ReadGrids, network_logits
+from relloc.studies.image_reading import read_counted
 
 Patch = UInt8[Tensor, "3 p p"]
 _QUESTIONS_AT_ONCE = 8  # that a worker process reads and hands over together
@@ -89,21 +89,20 @@ def make_questions(
         for number in numbers:
             index = _image_of(number, len(images), seed)
             keys.append((index, seed_for(Use.PERSON_PLACE, seed, number)))
-        batches = []
-        for start in range(0, len(keys), _QUESTIONS_AT_ONCE):
-            batches.append(keys[start : start + _QUESTIONS_AT_ONCE])
-        samples = read_samples(
-            images, read, batches, workers=config.workers, stopping=config.stopping
+        batches = read_counted(
+            images,
+            read,
+            keys,
+            "questions",
+            config=config,
+            at_once=_QUESTIONS_AT_ONCE,
+            unreadable=unreadable,
         )
-        first_of_batch = numbers.start
-        batch: SampleBatch[ImageGrids]
-        for batch in config.progress(samples, "questions", len(batches)):
-            unreadable.add(batch.unreadable)
+        for batch in batches:
             for sample, place in zip(batch.samples, batch.places, strict=True):
-                number = first_of_batch + place
+                number = numbers.start + place
                 source = images.source(sample.index)
                 questions.append(_question(sample, number, source, grid, color, seed))
-            first_of_batch += _QUESTIONS_AT_ONCE
     return questions
 
 

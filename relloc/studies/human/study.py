@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from relloc import checks
-from relloc.data.image_set import ImageSet, hash_lines
+from relloc.data.image_set import ROLES, ImageSet, Role, hash_lines
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.geometry import CHANCE_PERCENT, PatchGrid, ShortSide
@@ -27,7 +27,6 @@ from relloc.terminal import quantity
 SETTING = "study.human"
 # The grid of mmselfsup 0.x (docs/protocols.md 1.1), where no network says which it learned on
 PUBLISHED_GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
-_SPLITS = ("held_out", "train")
 # Said of a person's rows that name a network, which was asked about the same pairs.
 _OF_PERSON = "answers of a person: the checkpoint that this row names had no part in them"
 _LONGEST_NAME = 60
@@ -70,7 +69,7 @@ class Human(Evaluation):
 
     person: str | int
     n_questions: int
-    split: str
+    split: Role
     grid: PatchGrid | None
     color: Color
     feedback: bool
@@ -85,7 +84,7 @@ class Human(Evaluation):
                 f"{_LONGEST_NAME} characters in one line"
             )
         checks.whole(f"{SETTING}.n_questions", self.n_questions)
-        checks.one_of(f"{SETTING}.split", self.split, _SPLITS)
+        checks.one_of(f"{SETTING}.split", self.split, ROLES)
         check_grid(SETTING, self.grid)
         if not isinstance(self.color, Color):
             raise UsageError(
@@ -109,7 +108,7 @@ class Human(Evaluation):
             DataError: too many images can't be read.
             DamagedFile: the file of answers is not one.
         """
-        images = context.splits.held_out if self.split == "held_out" else context.splits.train
+        images = context.splits.of(self.split)
         grid = self._grid(context)
         questions = make_questions(
             images,

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int64, Shaped
 
 from relloc import checks
 from relloc.data.annotations import ObjectImages
-from relloc.data.image_set import ImageSet
-from relloc.data.lists import MultiLabeled
+from relloc.data.image_set import ROLES, ImageSet, Role
+from relloc.data.lists import THERE, MultiLabeled
 from relloc.data.subsets import evenly_spaced
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context, Evaluation
@@ -31,7 +31,6 @@ from relloc.studies.pretext_accuracy.reliability import Reliability, reliability
 from relloc.terminal import quantity
 
 SETTING = "study.pretext"
-SPLITS = ("held_out", "train")
 # Sets with more classes have them in tables and pictures only: ImageNet's thousand would fill
 # results.jsonl and MLflow.
 _MOST_CLASS_ROWS = 100
@@ -75,7 +74,7 @@ class Pretext(Evaluation):
     needs_pretext = True
     layers = ()
 
-    split: str
+    split: Role
     n_images: int | None
     places: int | None
     grid: PatchGrid | None
@@ -84,7 +83,7 @@ class Pretext(Evaluation):
     batch: int = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
-        checks.one_of(f"{SETTING}.split", self.split, SPLITS)
+        checks.one_of(f"{SETTING}.split", self.split, ROLES)
         if self.n_images is not None:
             checks.whole(f"{SETTING}.n_images", self.n_images)
         if self.places is not None:
@@ -117,7 +116,7 @@ class Pretext(Evaluation):
                 f"{SETTING} asks the network of the pretext task, and {context.checkpoint} has no "
                 "head that answers: give a run folder, checkpoint=RUN_FOLDER"
             )
-        images = context.splits.held_out if self.split == "held_out" else context.splits.train
+        images = context.splits.of(self.split)
         n_asked = len(images) if self.n_images is None else self.n_images
         answers = ask(
             context.pretext,
@@ -362,10 +361,9 @@ def _classes_of_grids(
         for number, name in enumerate(images.classes):
             yield name, labels == number
     elif isinstance(images, MultiLabeled):
-        # Of PASCAL VOC: 1 present, 0 difficult, -1 absent
         presence = np.asarray(images.presence())[indices]
         for number, name in enumerate(images.classes):
-            yield name, presence[:, number] == 1
+            yield name, presence[:, number] == THERE
 
 
 def _as_metric(name: str) -> str:

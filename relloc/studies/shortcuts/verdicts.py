@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from relloc.evaluation.contract import PretextModel
+from relloc.results import known_interval
 from relloc.studies.shortcuts.estimates import (
     Estimate,
     above_chance,
@@ -84,7 +85,9 @@ class Verdict:
         """The number with its interval and meaning."""
         effect = self.effect
         text = f"{effect.value:+.1f} {self.unit}"
-        if math.isfinite(effect.half_width):
+        is_known = math.isfinite(effect.half_width)
+        # Where all images gave the same number, the interval has no width and tells nothing.
+        if is_known and known_interval(effect.low, effect.high, self.unit):
             text += f", 95 % interval {effect.low:+.1f} to {effect.high:+.1f}"
         return f"{text}; {self.meaning}"
 
