@@ -7,7 +7,6 @@ more precise products, in the end wholly in float64. So neither precision nor ha
 which neighbors are found.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -17,6 +16,13 @@ from torch import Tensor
 
 from relloc import ranks
 from relloc.errors import UsageError
+from relloc.features.chunks import ChunkRows, chunks_on_device, slices
+from relloc.features.product_precision import (
+    ProductPrecision,
+    matmul_precision,
+    product_precisions,
+    round_to,
+)
 
 # Memory, in bytes, that a chunk of the bank and the products with it may take, each.
 _WORK_BYTES = {"cuda": 2**31, "cpu": 2**28}
@@ -26,8 +32,6 @@ _BLOCK_BYTES = {"cuda": 2**29, "cpu": 2**22}
 _BYTES_PER_VALUE = 16
 _BYTES_PER_PRODUCT = 16
 _BYTES_PER_BLOCK_VALUE = 24
-# On a CPU one candidate pair takes the time of so many float64 products of whole matrices.
-_PAIR_COST = 48
 _SPARE_CANDIDATES = 56  # kept for each query beyond twice the number of neighbors
 _GROUP_SIZE = 16  # columns whose maximum is looked at first
 _MIN_NORM = 1e-12  # as torch.nn.functional.normalize: shorter rows do not get unit length
@@ -46,8 +50,6 @@ ErrorBounds = Float64[Tensor, "q"]
 Keys = Int64[Tensor, "q k"]  # similarity and row in one integer, see `_KeyFormat`
 RowNumbers = Int64[Tensor, "q k"]
 CandidateRows = Int64[Tensor, "q m"]  # rows that may be among the nearest of each query
-ChunkRows = Float[Tensor, "r d"]
-Chunk = tuple[int, ChunkRows]  # number of the first row, and rows
 ChunkWithNorms = tuple[int, ChunkRows, Float64[Tensor, "r"]]
 
 
@@ -61,58 +63,6 @@ class NearestNeighbors:
     similarities: Similarities
     rows: RowNumbers
     retried: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ProductPrecision:
-    """A precision of matrix products, with a bound of its error.
-
-    Factors lose `dropped_bits` of float32's 23 bits, and sums at most `error_per_term` per term.
-
-    Float32 loses 2^-24 per term, whatever the order of the sum. TF32 drops 13 bits of the factors,
-    which are rounded here, so that nothing depends on how a GPU rounds; products are then exact.
-    Tensor cores cut sums off at 2^-23 of the largest term or more (Fasi, Higham, Mikaitis,
-    Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021), in each of the at most 1.5
-    additions per term: below 2^-22.
-    """
-
-    dropped_bits: int
-    error_per_term: float
-    matmul_precision: str
-
-
-_FLOAT32 = _ProductPrecision(
-    dropped_bits=0,
-    error_per_term=2**-24,
-    matmul_precision="highest",
-)
-_TF32 = _ProductPrecision(
-    dropped_bits=13,
-    error_per_term=2**-22,
-    matmul_precision="high",
-)
-
-
-def _product_precisions(
-    device: torch.device,
-    n_rows: int,
-    k: int,
-) -> tuple[_ProductPrecision, ...]:
-    """Returns the precisions with which candidates are searched, fastest first.
-
-    Returns none where comparing all pairs in float64 takes no longer than that.
-    """
-    if device.type == "cuda":
-        # Tensor cores have TF32 since Ampere.
-        has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
-        if has_tf32:
-            return _TF32, _FLOAT32
-        return (_FLOAT32,)
-    # Each of the k nearest rows is compared in float64 once more: of a small bank that takes longer
-    # than all float64 products at once.
-    if device.type == "cpu" and n_rows < _PAIR_COST * k:
-        return ()
-    return (_FLOAT32,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -311,7 +261,7 @@ def _nearest_keys(
     remaining = torch.arange(n_queries, device=device)
     n_unsettled = []
     # Each precision settles most of the queries that the one before it has left.
-    precisions = _product_precisions(device, len(search.bank), k)
+    precisions = product_precisions(device, len(search.bank), k)
     for precision in precisions:
         new_keys, settled = _keys_from_candidates(
             queries[remaining],
@@ -353,7 +303,7 @@ def _keys_from_candidates(
     queries: Queries,
     search: _Search,
     k: int,
-    precision: _ProductPrecision,
+    precision: ProductPrecision,
 ) -> tuple[Keys, Bool[Tensor, "q"]]:
     """Returns keys, and for which queries they are certain to be right."""
     unit = _normalize(queries)
@@ -384,7 +334,7 @@ def _find_candidates(
     unit: UnitQueries,
     search: _Search,
     k: int,
-    precision: _ProductPrecision,
+    precision: ProductPrecision,
 ) -> _Candidates:
     """Returns the rows with the largest products with each query, in the given precision."""
     n_queries, n_features = unit.shape
@@ -392,7 +342,7 @@ def _find_candidates(
     n_candidates = min(len(search.bank), most_candidates)
     # The queries have length one already.
     ones = torch.ones_like(unit[:, 0])
-    rounded_queries, query_errors = _round_to(
+    rounded_queries, query_errors = round_to(
         precision,
         unit,
         ones,
@@ -402,16 +352,16 @@ def _find_candidates(
     products = torch.full(shape, -torch.inf, device=unit.device)
     candidate_rows = torch.zeros(shape, dtype=torch.int64, device=unit.device)
     max_row_error = query_errors.new_zeros(())
-    with _matmul_precision(precision.matmul_precision):
+    with matmul_precision(precision.matmul_precision):
         for start, rows, norms in search.chunks():
-            rounded_rows, row_errors = _round_to(
+            rounded_rows, row_errors = round_to(
                 precision,
                 rows,
                 norms,
                 search.block,
             )
             max_row_error = torch.maximum(max_row_error, row_errors.max())
-            for tile in _slices(n_queries, search.tile):
+            for tile in slices(n_queries, search.tile):
                 # The matrix of products gets no name: it would still be in memory when the next
                 # one is computed.
                 best, columns = _largest(
@@ -527,7 +477,7 @@ def _keys_in_float64(
         unit_rows = rows / norms.unsqueeze(1)
         end = start + len(rows)
         row_numbers = torch.arange(start, end, device=queries.device)
-        for tile in _slices(n_queries, tile_size):
+        for tile in slices(n_queries, tile_size):
             # One expression, so that products are freed before the largest keys are searched.
             new_keys, _ = _largest(
                 search.keys.pack(unit[tile] @ unit_rows.T, row_numbers),
@@ -555,40 +505,6 @@ def _normalize(rows: BankRows) -> Float64[Tensor, "n d"]:
     return rows / norms.unsqueeze(1)
 
 
-def _round_to(
-    precision: _ProductPrecision,
-    rows: BankRows,
-    norms: Norms,
-    block: int,
-) -> tuple[Float32[Tensor, "n d"], Norms]:
-    """Returns the rows at length one, rounded to the factors of `precision`.
-
-    Also returns the length of what rounding took from each row. `block` rows are worked on at once.
-    """
-    rounded = torch.empty(rows.shape, device=rows.device)
-    errors = torch.empty_like(norms)
-    # Adding half a step to the bits and cutting them off rounds to nearest: float32 orders its
-    # values as the integers of their bits, and a carry into the exponent is right as well.
-    half_step = 1 << max(0, precision.dropped_bits - 1)
-    kept_bits = -2 * half_step
-    for part in _slices(len(rows), block):
-        unit = rows[part] / norms[part].unsqueeze(1)
-        rounded[part] = unit
-        if precision.dropped_bits:
-            bits = rounded[part].view(torch.int32)
-            rounded_bits = (bits + half_step) & kept_bits
-            rounded[part] = rounded_bits.view(torch.float32)
-        lost = unit.sub_(rounded[part])
-        errors[part] = torch.linalg.vector_norm(lost, dim=1)
-    return rounded, errors
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    """Yields slices of `size` that cover `n`; the last one may reach beyond."""
-    for start in range(0, n, size):
-        yield slice(start, start + size)
-
-
 def _check_all_finite(n_bad: int, n: int, name: str) -> None:
     if n_bad:
         raise UsageError(
@@ -596,53 +512,3 @@ def _check_all_finite(n_bad: int, n: int, name: str) -> None:
             "can't be found. The network may have diverged, or half precision may have overflowed. "
             "Try precision=fp32, batch_norm=recalibrated, or other weights."
         )
-
-
-@contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """Sets PyTorch's global precision of float32 products, and puts the old one back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def chunks_on_device(bank: BankRows, size: int, device: torch.device) -> Iterator[Chunk]:
-    """Yields (first row, rows) of chunks of `size` rows in order, on `device`.
-
-    From the CPU to a GPU they go through two page-locked buffers and a CUDA stream of their own, so
-    that the next chunk is on its way while the GPU works on one. At most two are on the GPU.
-    """
-    n_rows, n_features = bank.shape
-    starts = range(0, n_rows, size)
-    if bank.device == device or device.type != "cuda":
-        for start in starts:
-            rows = bank[start : start + size]
-            yield start, rows.to(device)
-        return
-    compute_stream = torch.cuda.current_stream(device)
-    copy_stream = torch.cuda.Stream(device)
-    shape = (min(size, n_rows), n_features)
-    # Only copies from page-locked memory run beside computation.
-    buffers = []
-    for _ in range(2):
-        buffer = torch.empty(shape, dtype=bank.dtype, pin_memory=True)
-        buffers.append(buffer)
-    chunk_done = [torch.cuda.Event(), torch.cuda.Event()]
-    for number, start in enumerate(starts):
-        buffer = buffers[number % 2]
-        done = chunk_done[number % 2]
-        # The chunk before the last used this buffer. Its work is done, and so is its copy.
-        done.synchronize()  # returns at once where it was never recorded
-        rows = bank[start : start + size]
-        filled = buffer[: len(rows)]
-        filled.copy_(rows)
-        with torch.cuda.stream(copy_stream):
-            arrived = filled.to(device, non_blocking=True)
-        compute_stream.wait_stream(copy_stream)
-        # The allocator must not reuse this memory before the other stream has read it.
-        arrived.record_stream(compute_stream)
-        yield start, arrived
-        done.record(compute_stream)

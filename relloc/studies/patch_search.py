@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from relloc.data.image_set import ImageSet
-from relloc.features.nearest import chunks_on_device, nearest
+from relloc.features.chunks import chunks_on_device
+from relloc.features.nearest import nearest
 
 NONE = -1  # the row of a neighbor that does not exist, and the group of a query that has none
 _QUERY = -2  # the group that the query itself gets among its neighbors

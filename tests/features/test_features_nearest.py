@@ -9,7 +9,9 @@ from torch import Tensor
 
 from relloc.errors import UsageError
 from relloc.features import nearest as module
+from relloc.features import product_precision
 from relloc.features.nearest import NearestNeighbors, nearest
+from relloc.features.product_precision import FLOAT32, TF32, ProductPrecision, round_to
 
 GRID = 2.0**40
 
@@ -38,12 +40,12 @@ def precisions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """What GPUs do, on this CPU: factors are rounded as there."""
     chosen = {
         "float64": (),
-        "float32": (module._FLOAT32,),
-        "tf32": (module._TF32, module._FLOAT32),
-        "tf32 alone": (module._TF32,),
+        "float32": (FLOAT32,),
+        "tf32": (TF32, FLOAT32),
+        "tf32 alone": (TF32,),
     }
     monkeypatch.setattr(
-        module, "_product_precisions", lambda device, n_rows, k: chosen[request.param]
+        module, "product_precisions", lambda device, n_rows, k: chosen[request.param]
     )
 
 
@@ -63,10 +65,14 @@ def test_crowds_within_the_rounding_of_products_are_told_apart(
     direction, noise = drawn(1, 32, seed=2).double(), drawn(3000, 32, seed=3).double()
     bank = torch.cat([drawn(500, 32, seed=4).double(), direction + 1e-5 * noise])
     queries = torch.cat([direction, drawn(3, 32, seed=5).double()])
-    for precisions in ((module._FLOAT32,), (module._TF32,), (module._TF32, module._FLOAT32)):
+    for precisions in (
+        (FLOAT32,),
+        (TF32,),
+        (TF32, FLOAT32),
+    ):
         monkeypatch.setattr(
             module,
-            "_product_precisions",
+            "product_precisions",
             lambda device, n_rows, k, precisions=precisions: precisions,
         )
         found = nearest(queries, bank, 20, chunk=617)
@@ -87,12 +93,14 @@ def test_chunks_tiles_and_repeated_rows_change_nothing(
     assert_is_oracles(nearest(queries, bank, k, chunk=chunk, tile=tile), queries, bank, k)
 
 
-@pytest.mark.parametrize("precision", [module._FLOAT32, module._TF32])
-def test_products_are_off_by_less_than_the_bound(precision: module._ProductPrecision) -> None:
+@pytest.mark.parametrize("precision", [FLOAT32, TF32])
+def test_products_are_off_by_less_than_the_bound(
+    precision: ProductPrecision,
+) -> None:
     sides = [drawn(300, 257, seed=seed) for seed in (6, 7)]
     units = [module._normalize(side) for side in sides]
     (low, off), (low_too, off_too) = (
-        module._round_to(precision, side, module._norms(side), 64) for side in sides
+        round_to(precision, side, module._norms(side), 64) for side in sides
     )
     error = (low.double() @ low_too.double().T - units[0] @ units[1].T).abs().amax(dim=1)
     bound = module._BOUND_MARGIN * (off + off_too.max())
@@ -176,7 +184,7 @@ def test_features_that_are_not_finite_are_refused_by_name(
     spoilt = bank.clone()
     spoilt[[4, 29], 2] = bad
     for k in (3, 1):  # compared in float64, or through candidates
-        monkeypatch.setattr(module, "_PAIR_COST", 10)
+        monkeypatch.setattr(product_precision, "_PAIR_COST", 10)
         with pytest.raises(UsageError, match=r"feature5: 2 of 30 images .*NaN.*precision=fp32"):
             nearest(queries, spoilt, k, chunk=7, name="feature5")
     with pytest.raises(UsageError, match=r"features: 1 of 5 images .*NaN"):
