@@ -23,10 +23,12 @@ torch.set_num_threads(1)  # networks this small spend their time waiting for a s
 # alone at the end.
 LONG = (
     "slurm/test_sweeps_on_slurm",
+    "transfer/test_transfer_eight_images",
     "flow",
     "launchers",
     "tracking/test_browser",
     "tracking/test_server",
+    "transfer/test_transfer_compiled",
     "analysis",
 )
 

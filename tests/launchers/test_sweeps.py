@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -239,18 +238,11 @@ def test_a_stopped_sweep_saves_its_point_starts_no_other_and_goes_on(tmp_path: P
     )
     reached = 0
     for number in (signal.SIGINT, signal.SIGTERM):
-        with open(tmp_path / "output", "w") as output:
-            command = [sys.executable, "-m", "relloc.train", *line]
-            started = subprocess.Popen(
-                command, cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT
-            )
-        end = time.monotonic() + 120
-        while newest_step(tmp_path) <= reached:
-            assert time.monotonic() < end, (tmp_path / "output").read_text()
-            time.sleep(0.02)
-        started.send_signal(number)
-        assert started.wait(120) == 1
-        told = (tmp_path / "output").read_text()
+        started = start("relloc.train", *line, folder=tmp_path, environment=environment())
+        assert started.wait_for(lambda before=reached: newest_step(tmp_path) > before), started.text
+        os.kill(started.pid, number)
+        assert started.wait() == 1
+        told = started.text
         assert "2 points, 2 to run" in told
         assert "everything is saved" in told
         assert "1 stopped, 1 missing" in told
