@@ -7,11 +7,12 @@ while it went on, in watched.jsonl.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from relloc.reports.load import find_watched
 from relloc.reports.observations import (
+    PRETEXT,
     Observations,
     Quantity,
     is_accuracy,
@@ -21,15 +22,15 @@ from relloc.reports.observations import (
 )
 from relloc.reports.pretrainings import is_training
 from relloc.tracking import read_journal
+from relloc.tracking.journal import Entry
 from relloc.tracking.record import RUN_FILE, RunRecord
 from relloc.tracking.unfinished import planned_steps
 
 EARLY = 0.1  # part of the training
 # Of each measure the value closest to `EARLY` counts, if it lies between these parts
 _FROM, _TO = 0.05, 0.15
-_QUESTIONS_PER_IMAGE = 8  # of the pretext task: one for each neighbor of the center
-# What monitors measure of features (`relloc.runs.monitors`), by the word in the names of curves
-_MEASURES = {"rankme": "RankMe", "alpha_req": "alpha-ReQ", "knn": "kNN"}
+# What monitors measure (`relloc.runs.monitors`), by the word in the names of curves
+_MEASURES = {"pretext": PRETEXT, "rankme": "RankMe", "alpha_req": "alpha-ReQ", "knn": "kNN"}
 
 # The values of one quantity in a training, by step and by the seed of the evaluation
 _Curves = dict[Quantity, dict[tuple[int, int], float]]
@@ -54,10 +55,13 @@ def early_observations(final: Observations) -> Observations:
         if not (folder / RUN_FILE).exists():
             continue
         record = RunRecord.read(folder)
-        steps = planned_steps(folder, record) if is_training(record) else None
+        if not is_training(record):
+            continue
+        journal = read_journal(folder)
+        steps = planned_steps(record, journal)
         if not steps:
             continue
-        for quantity, values in {**_watched(folder), **_monitored(folder, record)}.items():
+        for quantity, values in {**_watched(folder), **_monitored(journal, record)}.items():
             early = dataclasses.replace(quantity, progress=EARLY)
             for seed, value in _early_values(values, steps).items():
                 measures[early][weights, seed] = value
@@ -94,32 +98,32 @@ def _watched(folder: Path) -> _Curves:
     return curves
 
 
-def _monitored(folder: Path, record: RunRecord) -> _Curves:
+def _monitored(journal: Sequence[Entry], record: RunRecord) -> _Curves:
     """Returns what the monitors of a training measured."""
     curves: _Curves = defaultdict(dict)
-    for entry in read_journal(folder):
+    for entry in journal:
         for name, value in entry.metrics.items():
             # Features that define no measure have nan.
             if not name.startswith("monitor/") or not math.isfinite(value):
                 continue
-            for quantity in _quantity_of_monitor(name, record):
+            quantity = _quantity_of_monitor(name, record)
+            if quantity:
                 curves[quantity][entry.step, 0] = value
     return curves
 
 
-def _quantity_of_monitor(name: str, record: RunRecord) -> Iterator[Quantity]:
-    """Yields what a monitor measures; nothing for accuracies of single positions.
+def _quantity_of_monitor(name: str, record: RunRecord) -> Quantity | None:
+    """Returns what a monitor measures, or None for accuracies of single positions.
 
     `name` is that of its curve, such as `monitor/knn/feature4/top1_k20`.
     """
     _, measure, *rest = name.split("/")
     is_pretext = measure == "pretext"
-    if is_pretext and rest != ["top1"]:
-        return
-    if not is_pretext and measure not in _MEASURES:
-        return
+    is_of_position = is_pretext and rest != ["top1"]
+    if measure not in _MEASURES or is_of_position:
+        return None
     layer = "" if is_pretext else rest[0]
-    metric = rest[-1] if is_pretext or measure == "knn" else measure
+    is_neighbors = measure == "knn"
     # The training's own images come first among those that it recorded.
     held_out = [each for each in record.datasets if each.context == "eval"][:1]
     n_images = int(record.params.get("monitor.images", 0))
@@ -128,17 +132,17 @@ def _quantity_of_monitor(name: str, record: RunRecord) -> Iterator[Quantity]:
         dataset, _, split = each.name.rpartition("-")
         images = each.digest
         n_images = min(n_images, each.n_images)
-    words = [_MEASURES.get(measure, ""), metric if measure == "knn" else "", "of monitors"]
-    yield Quantity(
+    words = [_MEASURES[measure], rest[-1] if is_neighbors else "", "of monitors"]
+    return Quantity(
         eval="monitor",
-        kind="pretext" if is_pretext else "monitor",
-        metric=metric,
+        kind="monitor",
+        metric=measure,
         variant=" ".join(filter(None, words)),
         layer=layer,
         dataset=dataset,
         split=split,
         images=images,
-        n=n_images * (_QUESTIONS_PER_IMAGE if is_pretext else 1),
+        n=n_images,
         model=str(record.params.get("model.name", "")),
         batch_norm="as_trained",
         view="",

@@ -53,6 +53,7 @@ class WatchedTraining:
         steps_done: the steps of the weights that were evaluated.
         final_rows: the results of backbone.safetensors, once they were measured.
         is_given_results: whether `final_rows` are in the training's own results.
+        is_said_to_wait: whether it was printed that nobody runs it, since it last ran.
         reported: problems that were printed already.
     """
 
@@ -61,6 +62,7 @@ class WatchedTraining:
     steps_done: set[int] = dataclasses.field(default_factory=set)
     final_rows: list[Result] = dataclasses.field(default_factory=list)
     is_given_results: bool = False
+    is_said_to_wait: bool = False
     reported: set[str] = dataclasses.field(default_factory=set)
     _steps: dict[Path, int] = dataclasses.field(default_factory=dict)
 
@@ -171,6 +173,7 @@ class Watch:
             fingerprints of its results.
         is_tracked: whether the MLflow runs of the trainings get the curves.
         trainings: those that are known so far, by their folders.
+        silent: messages of schedulers that did not answer, which were printed already.
     """
 
     settings: Evaluating
@@ -179,6 +182,7 @@ class Watch:
     measure: Callable[[EvaluatedModel], set[str]]
     is_tracked: bool
     trainings: dict[Path, WatchedTraining] = dataclasses.field(default_factory=dict)
+    silent: set[str] = dataclasses.field(default_factory=set)
 
     def to_the_end(self) -> set[str]:
         """Evaluates until nothing is left to come; returns the fingerprints of the last rows.
@@ -224,7 +228,9 @@ class Watch:
         statuses, problems = point_statuses_and_problems(points)
         # A cluster that does not answer leaves the status unknown, and is asked again.
         for problem in problems:
-            next(iter(self.trainings.values())).report(problem)
+            if problem not in self.silent:
+                self.silent.add(problem)
+                console.print_message(f"watch   {problem}; asked again")
         return statuses
 
     def _has_ended(self, status: PointStatus) -> bool:
@@ -311,14 +317,14 @@ class Watch:
             )
 
     def _report_stopped(self, open_trainings: Sequence[PointStatus]) -> None:
-        """Prints once of each training that no process has it though it is not at its end."""
+        """Prints each time that nobody runs a training any more though it is not at its end."""
         for status in open_trainings:
             training = self.trainings[status.point.folder]
             if _may_run(status):
-                # It went on: should it stop again, that is news.
-                training.reported.clear()
-            elif status.status is not Status.MISSING:
-                training.report(f"{_how_it_stands(status)}. It is waited for")
+                training.is_said_to_wait = False
+            elif status.status is not Status.MISSING and not training.is_said_to_wait:
+                training.is_said_to_wait = True
+                console.print_message(f"watch   {_how_it_stands(status)}. It is waited for")
 
     def _unfinished(self, open_trainings: Sequence[PointStatus]) -> TrainingUnfinished:
         """Returns the error for trainings that are given up."""

@@ -1,9 +1,10 @@
 """Explains why a run folder has no weights yet: its training is still running, or was stopped."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from relloc.checkpoints.paths import BACKBONE_FILE, saved_trainings
-from relloc.tracking.journal import read_journal
+from relloc.tracking.journal import Entry, read_journal
 from relloc.tracking.record import RUN_FILE, RunRecord
 from relloc.tracking.run_lock import is_held
 
@@ -28,7 +29,7 @@ def unfinished_training(run_dir: Path) -> str:
     checkpoints = saved_trainings(run_dir)
     newest = checkpoints[-1].stem if checkpoints else ""
     step = newest.removeprefix("step_").lstrip("0") or "0"
-    n_steps = planned_steps(run_dir, record)
+    n_steps = planned_steps(record, read_journal(run_dir))
     progress = f"step {step}" if n_steps is None else f"step {step} of {n_steps}"
     return (
         f"{run_dir} was stopped at {progress}, and has no weights before the end: "
@@ -36,15 +37,15 @@ def unfinished_training(run_dir: Path) -> str:
     )
 
 
-def planned_steps(run_dir: Path, record: RunRecord) -> int | None:
+def planned_steps(record: RunRecord, journal: Sequence[Entry]) -> int | None:
     """Return how many steps the whole training has, or None if nothing was logged yet.
 
-    run.json has the epochs; the journal tells how many steps an epoch has.
+    The record has the epochs; the journal tells how many steps an epoch has.
     """
     epochs = record.params.get("schedule.epochs")
     if not isinstance(epochs, int | float):
         return None
-    for entry in reversed(read_journal(run_dir)):
+    for entry in reversed(journal):
         epoch = entry.metrics.get("train/epoch")
         if epoch:
             return round(entry.step / epoch * epochs)

@@ -17,6 +17,8 @@ from relloc.runs import build
 from relloc.runs.checkpoint_watch import Watch, WatchedTraining
 from relloc.runs.command_settings import WatchSettings
 from relloc.runs.settings import compose
+from relloc.status import Status
+from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, write_status
@@ -197,6 +199,32 @@ def test_a_training_that_runs_is_waited_for(
     assert looks == 9
     assert measuring.measured == [BACKBONE_FILE]
     assert read_results(training.folder) == []
+
+
+def test_a_silent_scheduler_is_reported_once_and_asked_again(
+    tmp_path: Path,
+    measuring: Measuring,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    training = Training(tmp_path / "one").save(6)
+    looks = 0
+
+    def statuses(points: list[Point]) -> tuple[list[PointStatus], list[str]]:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            training.finish(8)
+        status = Status.UNKNOWN if looks < 5 else Status.DONE
+        silence = ["squeue does not answer"] if looks < 5 else []
+        return [PointStatus(point=point, status=status) for point in points], silence
+
+    monkeypatch.setattr("relloc.runs.checkpoint_watch.point_statuses_and_problems", statuses)
+    watch(measuring, training.folder).to_the_end()
+    assert steps(training) == [6, 8]
+    output = capsys.readouterr().out
+    assert output.count("squeue does not answer") == 1
+    assert "waited for" not in output
 
 
 def test_points_of_a_sweep_may_begin_later(tmp_path: Path, measuring: Measuring) -> None:
