@@ -1,7 +1,8 @@
 """python -m relloc.export CHECKPOINT ...: writes a ResNet's weights for other libraries.
 
 python -m relloc.export CHECKPOINT --layout LAYOUT --out FILE, where LAYOUT says which library loads
-the file: torchvision, detectron2 or mmdetection.
+the file: torchvision, detectron2 or mmdetection. Pretraining leaves batch norm with statistics of
+patches: --recalibrate IMAGES estimates them again on whole images, without labels.
 """
 
 import argparse
@@ -17,9 +18,14 @@ from relloc.checkpoints.exported import DEPTHS, SUFFIXES, advice, file_content, 
 from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.hashed_files import check_hash
 from relloc.errors import CheckpointError, UsageError
+from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
+from relloc.runs.engine import resolve_engine
+from relloc.runs.recalibrating import Recalibration, settings_of_words
+from relloc.runs.run_settings import RunSettings
+from relloc.terminal import quantity
 from relloc.tracking.unfinished import unfinished_training
 
 
@@ -37,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # any mistake a file that was there before is unchanged.
     try:
         _check(options)
+        calibration = settings_of_words(options.recalibrate) if options.recalibrate else None
         model, backbone = _model_and_backbone(options.checkpoint, options.checkpoint_prefix)
+        own_strides = backbone.own_strides
+        statistics = "as in the checkpoint"
+        if calibration:
+            backbone, statistics = _recalibrated(backbone, calibration)
         content = file_content(layout, out.suffix, backbone.state_dict(), classes)
         files.write_whole(out, content)
     except UsageError as error:
@@ -57,8 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     file_name = terminal.escaped(str(out))
     print(f"{file_name}: {model} in {layout}'s layout\n\n{settings}\n")
-    if backbone.own_strides:
-        print(f"{strides_advice(layout, model, backbone.own_strides)}\n")
+    if own_strides:
+        print(f"{strides_advice(layout, model, own_strides)}\n")
+    print(f"Statistics of batch norm: {terminal.escaped(statistics)}\n")
     # The file can be evaluated like any other, which is the quickest check that it is right.
     checkpoint = shlex.quote(f"checkpoint={out}")
     terminal.print_next(f"python -m relloc.evaluate {checkpoint} data=NAME")
@@ -87,6 +99,14 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint-prefix",
         metavar="PREFIX",
         help="the backbone to export, if CHECKPOINT holds several",
+    )
+    command_line.add_argument(
+        "--recalibrate",
+        nargs="+",
+        metavar=("IMAGES", "SETTING"),
+        help="re-estimate the statistics of batch norm on whole images: a folder of them or a data "
+        "set of conf/data, and settings of relloc.evaluate, such as data.root=FOLDER or "
+        "calibration_images=1000",
     )
     command_line.add_argument("--force", action="store_true", help="replace FILE if it exists")
     return command_line
@@ -117,6 +137,19 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--fc {options.fc}: it takes a number of classes, and only with --layout torchvision"
         )
+
+
+def _recalibrated(backbone: ResNetBackbone, settings: RunSettings) -> tuple[Backbone, str]:
+    """Returns the backbone with statistics of whole images, and in words of which.
+
+    Raises:
+        UsageError, DataError: images can't be read, or batches are too small.
+    """
+    images = settings.data.read().train
+    recalibration = Recalibration(backbone=backbone, images=images, settings=settings)
+    recalibrated, about = recalibration.run(resolve_engine(settings.engine))
+    n_images = quantity(about["images"], "image")
+    return recalibrated, f"of {n_images} of {images.name} {images.split}, {settings.view}"
 
 
 def _model_and_backbone(checkpoint: Path, prefix: str | None) -> tuple[str, ResNetBackbone]:

@@ -55,6 +55,7 @@ _OBSERVATION = {
     "probe": "sizes of evaluations",
     "batch_norm": "of evaluations",
     "strides": "of evaluations",
+    "save_recalibrated": "whether a second file of weights is written",
     "calibration_images": "of evaluations",
     "view": "of evaluations and monitors",
     "data.root": "the digest of the images is compared instead",
@@ -75,6 +76,7 @@ _LATER: dict[str, Any] = {
     "model.backbone.width": 1,
     "strides": "standard",
     "watch": None,
+    "save_recalibrated": False,
 }
 
 

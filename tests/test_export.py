@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from relloc.checkpoints import layouts, weight_files
 from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
 from relloc.checkpoints.fitting import fill
+from relloc.evaluation.calibration import calibration_batches
 from relloc.export import main
+from relloc.features.source import EncodeConfig
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
+from relloc.runs.recalibrating import settings_of_words
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,67 @@ def test_a_wider_network_is_refused_since_others_have_none(
     assert export(file, "--layout", "torchvision", "--out", tmp_path / "x.pth") == 2
     assert "resnet18 width=0.25" in capsys.readouterr().err
     assert not (tmp_path / "x.pth").exists()
+
+
+PHOTOS = (
+    *("photos", "data.source.tiles=[0.4]", "data.source.stride=0.5", "view.short_px=64"),
+    *("view.crop_px=56", "view.batch=8", "calibration_images=16", "device=cpu", "workers=0"),
+)
+
+
+@torch.no_grad()
+def test_recalibrated_statistics_are_those_of_whole_images_and_weights_stay(
+    run_dir: Path, backbone: ResNetBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    line = (run_dir, "--layout", "torchvision", "--out", out, "--recalibrate", *PHOTOS)
+    assert export(*line) == 0
+    assert "16 images of photos train" in capsys.readouterr().out
+    weights = load_file(out)
+    # The first batch norm by hand: statistics of what it sees, averaged over both batches
+    settings = settings_of_words(PHOTOS)
+    config = EncodeConfig(
+        batch=8, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0
+    )
+    images = settings.data.read().train
+    batches = list(
+        calibration_batches(images, settings.view, n_images=16, seed=settings.seed, config=config)
+    )
+    seen = [backbone.conv1(batch) for batch in batches]
+    mean = torch.stack([maps.mean(dim=(0, 2, 3)) for maps in seen]).mean(dim=0)
+    variance = torch.stack([maps.var(dim=(0, 2, 3)) for maps in seen]).mean(dim=0)
+    assert [len(batch) for batch in batches] == [8, 8]
+    torch.testing.assert_close(weights["bn1.running_mean"], mean)
+    torch.testing.assert_close(weights["bn1.running_var"], variance)
+    for name, value in backbone.named_parameters():
+        assert torch.equal(weights[name], value)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("nowhere",), "nowhere"),
+        (("photos", "eval=[]"), "eval=[]"),
+        (("photos", "calibration_images"), "calibration_images"),
+        (("photos", "calibration_images=0"), "calibration_images"),
+        (("photos", "data.sources=1"), "data.sources"),
+        (("in1k",), "data.root"),
+    ],
+)
+def test_images_to_recalibrate_on_are_asked_for_before_anything_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    named: str,
+) -> None:
+    monkeypatch.delenv("RELLOC_IN1K", raising=False)
+    out = tmp_path / "x.pth"
+    line = ("none", "--layout", "torchvision", "--out", out, "--recalibrate", *words)
+    assert export(*line) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert named in message
 
 
 def test_detectron2_finds_what_its_own_converter_writes(

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 BACKBONE_FILE = "backbone.safetensors"
+# The same weights with batch-norm statistics of whole images
+RECALIBRATED_FILE = "backbone_recalibrated.safetensors"
 TRAINING_FOLDER = "checkpoints"
 
 

@@ -16,10 +16,15 @@ from relloc.models.backbone import Backbone
 from relloc.models.one_value import refuse_one_value
 
 ONE_IMAGE = (
-    "batch_norm=recalibrated can't use a batch of one image: a batch norm of this network sees "
-    "only one value per channel of it, and so no variance. Give a larger view.batch, images that "
-    "can be read, or batch_norm=as_trained"
+    "batch_norm=recalibrated and save_recalibrated=true can't use a batch of one image: a batch "
+    "norm of this network sees only one value per channel of it, and so no variance. Give a larger "
+    "view.batch, images that can be read, or batch_norm=as_trained"
 )
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Returns whether there is a batch norm to recalibrate."""
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from relloc.data.packing import packing_of
 from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.evaluation.strides import in_strides, strides_of
-from relloc.features.batch_norm import check_one_image
+from relloc.features.batch_norm import check_one_image, has_batch_norm
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
@@ -78,6 +78,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         images_per_forward=_unless_auto(given["images_per_forward"]),
         collapse_steps=_unless_auto(given["collapse_steps"]),
         milestones=given["milestones"],
+        save_recalibrated=given["save_recalibrated"],
         report_every_steps=given["report_every_steps"],
         monitor=MonitorSettings(**given["monitor"]),
         # The settings that decide the weights: without launcher, tracking, paths and the like
@@ -91,16 +92,29 @@ def pretraining(config: DictConfig) -> Pretraining:
         settings.images_per_batch_norm,
         settings.patches.grid.patch_px,
     )
-    # Days of training come before an evaluation that its network will not do for.
-    if settings.evaluations:
-        backbone = _backbone_without_memory(json.dumps(given["model"]))
-        for chosen in settings.evaluations:
-            for strides in strides_of(chosen.group, settings.strides):
-                chosen.evaluation.check_network(in_strides(backbone, strides))
-    # Recalibration would estimate batch statistics from one image, which not every view allows.
-    if settings.evaluations and "recalibrated" in settings.batch_norms and settings.view_batch == 1:
-        check_one_image(settings.model.backbone(settings.seed), settings.view.crop_px)
+    _check_what_follows(settings)
     return settings
+
+
+def _check_what_follows(settings: Pretraining) -> None:
+    """Checks that the network will do for what comes after days of training.
+
+    Raises:
+        UsageError: an evaluation can't work on it, or its batch norm can't be recalibrated.
+    """
+    backbone = _backbone_without_memory(json.dumps(settings.model.settings))
+    for chosen in settings.evaluations:
+        for strides in strides_of(chosen.group, settings.strides):
+            chosen.evaluation.check_network(in_strides(backbone, strides))
+    if settings.save_recalibrated and not has_batch_norm(backbone):
+        raise UsageError(
+            "save_recalibrated=true: the network has no batch norm, so that there is nothing to "
+            "recalibrate. Leave it out"
+        )
+    # Recalibration would estimate batch statistics from one image, which not every view allows.
+    is_evaluated_so = settings.evaluations and "recalibrated" in settings.batch_norms
+    if settings.view_batch == 1 and (is_evaluated_so or settings.save_recalibrated):
+        check_one_image(settings.model.backbone(settings.seed), settings.view.crop_px)
 
 
 def evaluating(config: DictConfig) -> Evaluating:

@@ -91,6 +91,7 @@ class Pretraining(RunSettings):
     images_per_forward: int | None
     collapse_steps: int | None
     milestones: Sequence[float]
+    save_recalibrated: bool
     report_every_steps: int
     monitor: MonitorSettings
     identity: Mapping[str, Any]
@@ -105,6 +106,7 @@ class Pretraining(RunSettings):
         if self.collapse_steps is not None:
             checks.whole("collapse_steps", self.collapse_steps)
         checks.whole("report_every_steps", self.report_every_steps)
+        checks.true_or_false("save_recalibrated", self.save_recalibrated)
         checks.numbers("milestones", self.milestones, at_least=0, may_be_empty=True)
         # Checks that the batches divide. One process divides them in the most ways; how many
         # processes there are is known only where the run starts.

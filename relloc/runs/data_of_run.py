@@ -20,7 +20,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from relloc.checkpoints.paths import BACKBONE_FILE, TRAINING_FOLDER
+from relloc.checkpoints.paths import BACKBONE_FILE, RECALIBRATED_FILE, TRAINING_FOLDER
 from relloc.errors import UsageError, reason
 from relloc.runs import command_line, settings
 from relloc.runs.settings import Composed
@@ -223,7 +223,7 @@ def _run_of(checkpoint: str) -> Path | None:
     """Returns the run folder of a checkpoint: a run folder itself, or a file within one."""
     path = Path(checkpoint)
     folder = path.parent
-    if path.name == BACKBONE_FILE:
+    if path.name in (BACKBONE_FILE, RECALIBRATED_FILE):
         path = folder
     elif path.suffix == ".pt" and folder.name == TRAINING_FOLDER:
         path = folder.parent

@@ -31,8 +31,10 @@ from relloc.runs import console
 from relloc.runs.build import model_of_conf
 from relloc.runs.command_settings import Evaluating, Model
 from relloc.runs.pretext_models import pretext_model
+from relloc.runs.recalibrating import ENTRY
 from relloc.tracking.unfinished import unfinished_training
 
+_LONGEST_NAME = 200  # characters of the name of a data set that a file has
 # The enumeration of weights in torchvision.models, by model.
 _SUPERVISED = {"resnet18": "ResNet18_Weights", "resnet50": "ResNet50_Weights"}
 
@@ -131,7 +133,24 @@ def _from_file(settings: Evaluating, checkpoint: str) -> tuple[EvaluatedModel, _
         architecture = _Architecture(name=name, make_backbone=make_backbone)
     backbone = architecture.make_backbone(settings.seed)
     fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})")
-    return make_evaluated_model(backbone, str(file), architecture.name), architecture
+    details = _recalibrated_on(about)
+    return make_evaluated_model(backbone, str(file), architecture.name, details), architecture
+
+
+def _recalibrated_on(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns in words on what the batch norm of a file was recalibrated, or nothing if it wasn't.
+
+    A stranger may have written the description.
+    """
+    entry = about.get(ENTRY)
+    if not isinstance(entry, Mapping):
+        return ()
+    n_images, dataset = entry.get("images"), entry.get("dataset")
+    if not isinstance(n_images, int) or not isinstance(dataset, str) or not dataset.isprintable():
+        return ()
+    return (
+        f"the file's batch norm has statistics of {n_images} images of {dataset[:_LONGEST_NAME]}",
+    )
 
 
 def _described(model: object, weights: Mapping[str, Tensor], origin: str, seed: int) -> Backbone:

@@ -7,6 +7,7 @@ MLflow's tables show about the first twenty characters, so the settings that a s
 from collections.abc import Sequence
 from pathlib import Path
 
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.results import NO_FILES
 from relloc.runs.command_settings import Pretraining
@@ -90,7 +91,7 @@ def _weights_name(evaluated: EvaluatedModel) -> str:
     for folder in file.parents[:2]:
         if (folder / RUN_FILE).is_file():
             name = _run_name(folder)
-            return name if folder == file.parent else f"{name} {file.stem}"
+            return name if file == folder / BACKBONE_FILE else f"{name} {file.stem}"
     name = file.stem
     if file.stem in _GENERIC_FILE_NAMES and file.parent.name:
         name = f"{file.parent.name}/{file.stem}"

@@ -8,12 +8,15 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
+import torch
 
 from relloc import ranks
 from relloc.checkpoints import backbone_files
 from relloc.checkpoints.hashed_files import hash_file
+from relloc.checkpoints.paths import RECALIBRATED_FILE
 from relloc.data.crops import Crops
 from relloc.data.image_set import Splits
 from relloc.data.loader import collate
@@ -24,7 +27,8 @@ from relloc.evaluation.contract import BATCH_NORMS, NamedEvaluation
 from relloc.evaluation.strides import by_strides
 from relloc.geometry import ShortSide
 from relloc.models.backbone import Backbone
-from relloc.models.cost import multiplications
+from relloc.models.cost import cost_of_patch
+from relloc.models.resnet import ResNetBackbone
 from relloc.patches.picture import draw_patches
 from relloc.pretext.loop import Task
 from relloc.pretext.stopping import stop_request
@@ -45,6 +49,7 @@ from relloc.runs.invocation import Invocation
 from relloc.runs.naming import pretraining_name
 from relloc.runs.pretext_models import make_pretext_model
 from relloc.runs.pretext_rows import measure_pretext
+from relloc.runs.recalibrating import ENTRY, Recalibration
 from relloc.runs.reusing import EvalRun
 from relloc.runs.settings import content_of, flat, members
 from relloc.runs.training import Training, train_to_the_end
@@ -55,8 +60,9 @@ PICTURE = "patches.png"
 _PICTURE_IMAGES = 6
 # Settings of a schedule that are given in epochs and scaled when schedule.epochs changes.
 _SCALED_WITH_LENGTH = ("warmup_epochs", "milestone_epochs")
-# A compiled ResNet-50 on patches of 96 px needs half of a GPU's 80 GB for this many images.
+# A compiled ResNet-50 on patches of this side needs half of a GPU's 80 GB for this many images.
 _MAX_FORWARD_IMAGES = 512
+_MAX_FORWARD_PX = 96
 
 
 def pretrain(settings: Pretraining, invocation: Invocation) -> None:
@@ -131,6 +137,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
             # From here on rank 0 works alone.
             ranks.leave()
             _save_backbone(training, folder)
+            _save_recalibrated(training, folder)
             measure_pretext(training, folder)
             _evaluate(training, evaluations, folder)
             folder.summarize()
@@ -264,8 +271,9 @@ def _report_strides(settings: Pretraining, backbone: Backbone) -> None:
     if not backbone.own_strides:
         return
     patch_px = settings.patches.grid.patch_px
-    standard = multiplications(backbone.with_standard_strides(), patch_px)
-    factor = multiplications(backbone, patch_px) / standard
+    standard = cost_of_patch(backbone.with_standard_strides(), patch_px)
+    own = cost_of_patch(backbone, patch_px)
+    factor = own.multiplications / standard.multiplications
     listed = " and ".join(strides.replace("_", " ") for strides in settings.strides)
     console.print_message(
         f"strides {backbone.own_strides}: {factor:.2f} times the multiplications of the standard "
@@ -292,17 +300,32 @@ def fastest_images_per_forward(settings: Pretraining, *, compiled: bool) -> int:
 
     Without compilation that is one ghost batch: the `recipe.images_per_batch_norm` images that
     share batch-norm statistics. A compiled network takes several ghost batches at once: the most,
-    up to 512 images, that divide a process's share of the step. Batch norm still normalizes each
-    ghost batch by itself, so results stay the same.
+    up to 512 images, that divide a process's share of the step. Wider networks and those of finer
+    maps take fewer. Batch norm still normalizes each ghost batch by itself, so results stay the
+    same.
     """
     images_per_ghost_batch = settings.images_per_batch_norm
     if not compiled:
         return images_per_ghost_batch
     share = settings.images_per_step // ranks.world_size()
-    most = min(share, _MAX_FORWARD_IMAGES)
+    most = min(share, _max_forward_images(settings))
     candidates = range(images_per_ghost_batch, most + 1, images_per_ghost_batch)
     divisors = [images for images in candidates if share % images == 0]
     return max(divisors, default=images_per_ghost_batch)
+
+
+def _max_forward_images(settings: Pretraining) -> int:
+    """Returns for how many images at once a GPU's memory will do, by the values that are kept."""
+    # The meta device has shapes without numbers.
+    with torch.device("meta"):
+        backbone = settings.model.make_backbone()
+        largest = ResNetBackbone(depth=50)
+    # Patches of other sizes have always taken as many images.
+    if not backbone.size and not backbone.own_strides:
+        return _MAX_FORWARD_IMAGES
+    kept = cost_of_patch(backbone, settings.patches.grid.patch_px).values
+    allowed = _MAX_FORWARD_IMAGES * cost_of_patch(largest, _MAX_FORWARD_PX).values
+    return min(_MAX_FORWARD_IMAGES, allowed // kept)
 
 
 def make_task(
@@ -357,10 +380,47 @@ def _save_backbone(training: Training, folder: RunFolder) -> None:
     # Older versions of relloc wrote no file with the hash beside the weights.
     is_complete = path.exists() and hash_file(path).exists()
     if problem or not is_complete:
-        about = training.settings.about | {"step": training.task.steps}
-        backbone_files.save_backbone(path, backbone, about)
+        backbone_files.save_backbone(path, backbone, _about(training))
     for file in (path, hash_file(path)):
         folder.mirror_file(file.name)
+
+
+def _save_recalibrated(training: Training, folder: RunFolder) -> None:
+    """Saves the trained weights with batch-norm statistics of whole images, if that is asked for.
+
+    A file that an earlier start of the run wrote stays.
+    """
+    settings = training.settings
+    if not settings.save_recalibrated:
+        return
+    path = folder.path / RECALIBRATED_FILE
+    recalibration = Recalibration(
+        backbone=_trained_backbone(training), images=training.data.train, settings=settings
+    )
+    if not recalibration.is_in(path):
+        backbone, about = recalibration.run(training.engine)
+        backbone_files.save_backbone(path, backbone, {**_about(training), ENTRY: about})
+        console.print_message(
+            f"weights {path}: batch norm recalibrated on {quantity(about['images'], 'image')}"
+        )
+    for file in (path, hash_file(path)):
+        folder.mirror_file(file.name)
+
+
+def _about(training: Training) -> dict[str, Any]:
+    """Returns what a file of the trained weights says of itself."""
+    return training.settings.about | {"step": training.task.steps}
+
+
+def _trained_backbone(training: Training) -> Backbone:
+    """Returns the trained backbone, on the CPU, with ordinary batch norm in place of ghost batches.
+
+    The weights are those of the checkpoint, without reading a file again.
+    """
+    settings = training.settings
+    backbone = settings.model.backbone(settings.seed)
+    backbone.load_state_dict(training.task.model.backbone.state_dict())
+    return backbone
 
 
 def _problem_of_file(path: Path, backbone: Backbone) -> str:
@@ -392,11 +452,8 @@ def _evaluate(
         )
     if not measurable:
         return
-    # New backbones with ordinary batch norm: the trained one has ghost batches.
-    trained = settings.model.backbone(settings.seed)
+    trained = _trained_backbone(training)
     untrained = settings.model.backbone(settings.seed)
-    # The weights are those of the checkpoint, without reading a file again.
-    trained.load_state_dict(training.task.model.backbone.state_dict())
     weights = str(folder.path / backbone_files.BACKBONE_FILE)
     run = EvalRun(
         run_dir=folder.path,

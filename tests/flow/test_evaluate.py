@@ -66,6 +66,35 @@ def test_both_batch_norms_are_named_rows(relloc, tmp_path, pretrained):
         assert told == (row.batch_norm == "recalibrated")
 
 
+def test_the_second_file_of_weights_is_measured_as_the_run_recalibrated(relloc, tmp_path):
+    training = (*TINY, "eval=[]", "calibration_images=64", "save_recalibrated=true")
+    training = (*training, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}")
+    done = relloc("train", *training)
+    assert done.code == 0, done.text
+    file = tmp_path / "run/backbone_recalibrated.safetensors"
+    written = file.stat().st_mtime_ns
+    # The same command again writes nothing anew.
+    assert relloc("train", *training).code == 0
+    assert file.stat().st_mtime_ns == written
+    done = relloc(
+        "evaluate",
+        f"checkpoint=[{tmp_path / 'run'},{file}]",
+        "eval=[knn]",
+        "calibration_images=64",
+        *LOOK,
+        "tracking=none",
+        f"hydra.run.dir={tmp_path / 'e'}",
+    )
+    assert done.code == 0, done.text
+    values: dict[tuple[bool, str], list[float]] = {}
+    for row in read_results(tmp_path / "e"):
+        is_second = row.checkpoint == str(file)
+        values.setdefault((is_second, row.batch_norm), []).append(row.value)
+        assert any("64 images of photos" in fact for fact in row.details) == is_second
+    assert values[True, "as_trained"] == values[False, "recalibrated"]
+    assert values[True, "as_trained"] != values[False, "as_trained"]
+
+
 def test_another_backbone_is_refused_with_what_does_not_fit(relloc, pretrained):
     done = relloc("evaluate", f"checkpoint={pretrained}", "model=resnet18", *LOOK, "tracking=none")
     assert done.code == 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from relloc.errors import UsageError
 from relloc.features.pool import layer_dims
 from relloc.models.backbone import STAGES
-from relloc.models.cost import multiplications
+from relloc.models.cost import cost_of_patch
 from relloc.models.resnet import ResNetBackbone
 
 CHANNELS = {18: (64, 64, 128, 256, 512), 50: (64, 256, 512, 1024, 2048)}
@@ -188,15 +188,18 @@ def test_wider_layers_are_initialized_as_the_standard_ones() -> None:
 )
 def test_what_finer_maps_cost(settings: dict[str, Any], factor: float) -> None:
     with torch.device("meta"):
-        standard = multiplications(ResNetBackbone(depth=50), 64)
-        own = multiplications(ResNetBackbone(depth=50, **settings), 64)
-    assert own / standard == pytest.approx(factor, abs=0.01)
+        standard = cost_of_patch(ResNetBackbone(depth=50), 64)
+        own = cost_of_patch(ResNetBackbone(depth=50, **settings), 64)
+    assert own.multiplications / standard.multiplications == pytest.approx(factor, abs=0.01)
 
 
 def test_a_resnet50_has_4_billion_multiplications_as_published() -> None:
     # torchvision's page of models has 4.09 GFLOPs, with the classifier's 2 million.
     with torch.device("meta"):
-        assert multiplications(ResNetBackbone(depth=50), 224) == pytest.approx(4.09e9, rel=2e-3)
+        cost = cost_of_patch(ResNetBackbone(depth=50), 224)
+    assert cost.multiplications == pytest.approx(4.09e9, rel=2e-3)
+    # and 11.1 million activations (Radosavovic et al. 2020, table of ResNet-50)
+    assert cost.values == pytest.approx(11.1e6, rel=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,26 @@ def test_a_forward_is_a_ghost_batch_or_compiled_the_most_that_divide_a_share(
     assert fastest_images_per_forward(asked, compiled=compiled) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # By the values that layers of a patch have: patches of 96 px have 2.25 times those of
+        # 64 px, layers of twice the width 2 times, and twice the rows and columns 4 times.
+        (["model.backbone.last_stride=1"], 512),
+        (["model.backbone.width=2"], 512),
+        (["model.backbone.stem=stride_1"], 256),
+        (["model.backbone.stem=stride_1", "model.backbone.width=2"], 128),
+    ],
+)
+def test_wider_and_finer_networks_take_fewer_images_at_once(
+    words: list[str], expected: int
+) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        asked = build.pretraining(compose("train", ["model=resnet50", *words]))
+    asked = dataclasses.replace(asked, images_per_step=512, images_per_batch_norm=64)
+    assert fastest_images_per_forward(asked, compiled=True) == expected
+
+
 def test_what_needs_no_labels_is_proposed_for_images_without() -> None:
     assert pretraining._label_free_members() == ["label_free"]
 
