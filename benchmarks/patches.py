@@ -1,8 +1,10 @@
 """Images/s from uint8 images in memory to normalized patches, beside the published way."""
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import report
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from relloc.geometry import CELLS, PatchGrid
+from relloc.patches.aperture import Aperture
+from relloc.patches.chroma_blur import ChromaBlur
 from relloc.patches.color import Drop, Gray, Keep, Project
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD, ByDataset, PerPatch
 from relloc.patches.pipeline import PatchPipeline
@@ -24,8 +28,20 @@ COLORS = {
     "projection": Project(),
 }
 NORMALIZATIONS = {"dataset": ByDataset(), "patch": PerPatch()}
-# Normalization by patch is asked of one treatment alone: neither depends on the other.
-WAYS = [*itertools.product(COLORS, ["dataset"]), ("gray", "patch")]
+# What may be done to patches beside, with the constants of Mundhenk et al. (protocols.md 1.5)
+MORE: dict[str, dict[str, Any]] = {
+    "": {},
+    "scale": {"grid": dataclasses.replace(GRID, scale=(96 / 110, 128 / 110), yoked_scale=True)},
+    "chroma blur": {"chroma_blur": ChromaBlur(side_px=13)},
+    "aperture": {"aperture": Aperture(low=2 / 3, high=1, whole=3)},
+}
+# Normalization by patch, and what is done beside, is asked of one treatment alone: none of them
+# depends on another.
+WAYS = [
+    *itertools.product(COLORS, ["dataset"], [""]),
+    ("gray", "patch", ""),
+    *(("gray", "dataset", more) for more in MORE if more),
+]
 GHOST = 64  # images whose chance is drawn together, as in training
 PUBLISHED = "published, image by image"
 
@@ -38,7 +54,8 @@ def main() -> None:
     best = {
         f"{row['side']} on {row['device']}, gray and dataset, to published": row["to published"]
         for row in rows
-        if (row["color"], row["normalize"]) == ("gray", "dataset") and row["side"] != PUBLISHED
+        if (row["color"], row["normalize"], row["more"]) == ("gray", "dataset", "")
+        and row["side"] != PUBLISHED
     }
     report.tell("images to normalized patches", rows, best, asked.json, settings=vars(asked))
 
@@ -76,22 +93,25 @@ def _cell(number: int) -> tuple[int, int, int, int]:
 
 def _rows(device: torch.device, asked: argparse.Namespace) -> list[dict]:
     n_images = asked.gpu_images if device.type == "cuda" else asked.images
-    images = _images(n_images).to(device)
-    on_host = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:GHOST].cpu()]
+    of_grid = _images(GHOST, GRID)
+    on_host = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in of_grid]
     rows = []
-    for color, normalize in WAYS:
-        pipeline = PatchPipeline(
+    for color, normalize, more in WAYS:
+        plain_pipeline = PatchPipeline(
             grid=GRID, color=COLORS[color], normalize=NORMALIZATIONS[normalize]
         )
+        pipeline = dataclasses.replace(plain_pipeline, **MORE[more])
+        images = _images(n_images, pipeline.grid).to(device)
         sides = _sides(pipeline, images, compiled=device.type == "cuda" or asked.compile)
         beside = {PUBLISHED: lambda: published(on_host).to(device)}
         seconds = report.median_s(beside | sides, device=device, rounds=asked.rounds)
         plain = GHOST / seconds.pop(PUBLISHED)
         if not rows:
-            rows.append(_row(PUBLISHED, device, "gray", "dataset", plain, 1.0))
+            rows.append(_row(PUBLISHED, device, ("gray", "dataset", ""), plain, 1.0))
         rates = {side: n_images / taken for side, taken in seconds.items()}
         rows += [
-            _row(side, device, color, normalize, rate, rate / plain) for side, rate in rates.items()
+            _row(side, device, (color, normalize, more), rate, rate / plain)
+            for side, rate in rates.items()
         ]
     return rows
 
@@ -109,21 +129,23 @@ def _sides(
 
 
 def _row(
-    side: str, device: torch.device, color: str, normalize: str, rate: float, ratio: float
+    side: str, device: torch.device, way: tuple[str, str, str], rate: float, ratio: float
 ) -> dict:
+    color, normalize, more = way
     return {
         "side": side,
         "device": device.type,
         "color": color,
         "normalize": normalize,
+        "more": more,
         "images/s": rate,
         "to published": ratio,
     }
 
 
-def _images(n_images: int) -> Tensor:
+def _images(n_images: int, grid: PatchGrid) -> Tensor:
     """Noise, channels last in memory as the loader gives images; no step depends on the content."""
-    side = GRID.span_px
+    side = grid.span_px
     pixels = torch.randint(256, (n_images, side, side, 3), dtype=torch.uint8)
     return pixels.permute(0, 3, 1, 2)
 

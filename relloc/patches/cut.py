@@ -1,14 +1,14 @@
 """Cuts patches out of a batch of images, and resizes them where the grid has a scale."""
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from relloc.geometry import PatchGrid
 
 
 def cut_patches(
-    images: UInt8[Tensor, "b 3 h w"],
+    images: Num[Tensor, "b 3 h w"],
     grid: PatchGrid,
     corners: Int[Tensor, "b n 2"],
     scales: Float[Tensor, "b n"] | None = None,
@@ -25,10 +25,10 @@ def cut_patches(
 
 
 def cut(
-    images: UInt8[Tensor, "b 3 h w"],
+    images: Num[Tensor, "b 3 h w"],
     corners: Int[Tensor, "b n 2"],
     patch_px: int,
-) -> UInt8[Tensor, "b n 3 p p"]:
+) -> Num[Tensor, "b n 3 p p"]:
     """Returns the squares of side `patch_px` whose top left corners (row, column) are given.
 
     All patches of the batch are gathered by one indexing operation.

@@ -9,6 +9,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from relloc.geometry import CELLS, PatchGrid
+from relloc.neutral import repr_without_defaults
+from relloc.patches.aperture import Aperture
+from relloc.patches.chroma_blur import ChromaBlur
 from relloc.patches.color import Drawn
 from relloc.patches.cut import cut_patches
 from relloc.patches.sample import sample_places
@@ -43,6 +46,9 @@ class Normalize(Protocol):
 class PatchPipeline:
     """Samples a grid of patches, cuts them, treats their colors and normalizes them.
 
+    The chroma of images may be blurred before they are cut, and patches covered but for an aperture
+    once their colors are treated.
+
     It works on whole batches, on the device of the images. `draw` makes all random numbers, and
     `make` is a pure function of images and these numbers, so that torch.compile can fuse it.
 
@@ -54,16 +60,24 @@ class PatchPipeline:
     grid: PatchGrid
     color: Color
     normalize: Normalize
+    chroma_blur: ChromaBlur | None = None
+    aperture: Aperture | None = None
+
+    def __repr__(self) -> str:
+        return repr_without_defaults(self)
 
     def draw(self, n_images: int, generator: torch.Generator) -> Drawn:
         """Returns the random numbers for `n_images` images, made by `generator` alone.
 
         The first tensor is the corners of the grid's cells (b 9 2). Where the grid has a scale, the
-        factors of the patches follow (b 9), and then what the color treatment draws.
+        factors of the patches follow (b 9), then what the color treatment draws, and then what the
+        aperture draws, if there is one.
         """
         places = sample_places(self.grid, n_images, generator)
-        for_color = self.color.draw(n_images, CELLS, self.grid.patch_px, generator)
-        return *places, *for_color
+        sizes = (n_images, CELLS, self.grid.patch_px)
+        for_color = self.color.draw(*sizes, generator)
+        for_aperture = self.aperture.draw(*sizes, generator) if self.aperture else ()
+        return *places, *for_color, *for_aperture
 
     def make(
         self,
@@ -108,8 +122,15 @@ class PatchPipeline:
         n_places = 1 if self.grid.scale is None else 2
         places = drawn[:n_places]
         for_color = drawn[n_places:]
+        if self.chroma_blur is not None:
+            images = self.chroma_blur(images.float())
         patches = cut_patches(images, self.grid, *places)
-        return self.normalize(self.color(patches, *for_color))
+        if self.aperture is None:
+            treated = self.color(patches, *for_color)
+        else:
+            *for_color, windows = for_color
+            treated = self.aperture(self.color(patches, *for_color), windows)
+        return self.normalize(treated)
 
     def __call__(self, images: Images, generator: torch.Generator) -> Patches:
         """Returns the patches of `images`, with random numbers drawn from `generator`."""

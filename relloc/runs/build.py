@@ -251,9 +251,12 @@ def _data_set(setting: str, node: Mapping[str, Any]) -> DataSet:
 
 
 def _training_patches(given: Mapping[str, Any]) -> TrainingPatches:
-    patches = PatchPipeline(
-        **{name: call(name, given[name]) for name in ("grid", "color", "normalize")}
-    )
+    parts = {}
+    for field in dataclasses.fields(PatchPipeline):
+        # What is optional has no settings unless it is chosen.
+        if given.get(field.name):
+            parts[field.name] = call(field.name, given[field.name])
+    patches = PatchPipeline(**parts)
     curriculum = call("curriculum", given["curriculum"]) if given.get("curriculum") else None
     return TrainingPatches(patches=patches, curriculum=curriculum)
 

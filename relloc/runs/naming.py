@@ -59,6 +59,9 @@ def _more_of_patches(settings: Pretraining) -> list[str]:
         words.append("yoked_jitter")
     if grid.scale is not None:
         words.append("scaled")
+    for name in ("chroma_blur", "aperture"):
+        if getattr(settings.patches, name) is not None:
+            words.append(name)
     if settings.training_patches.curriculum is not None:
         words.append("curriculum")
     return words

@@ -8,6 +8,7 @@ with plain values.
 """
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from relloc.runs.data_of_run import CONFIG_FILE, load_config
 from relloc.runs.instantiation import call
 from relloc.tracking import flatten
 
-# What makes patches: groups of conf/, and fields of `PatchPipeline`
-_PATCHES = ("grid", "color", "normalize")
+# What makes patches: groups of conf/, and fields of `PatchPipeline`. Some may not be chosen.
+_PATCHES = tuple(field.name for field in dataclasses.fields(PatchPipeline))
+_OPTIONAL = ("chroma_blur", "aperture")
 
 
 def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
@@ -52,8 +54,11 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
         raise CheckpointError(f"{training} holds no network of the pretext task")
     _check_same_training(config, about, training)
 
-    nodes = {name: _checked(name, config.get(name), run_dir) for name in _PATCHES}
-    patches = PatchPipeline(**{name: call(name, node) for name, node in nodes.items()})
+    parts = {}
+    for name in _PATCHES:
+        if name not in _OPTIONAL or config.get(name) is not None:
+            parts[name] = call(name, _checked(name, config.get(name), run_dir))
+    patches = PatchPipeline(**parts)
     head_node = _checked("model.head", about["model"].get("head"), training)
     questions = CENTER_PAIRS
     network = RelativeLocation(

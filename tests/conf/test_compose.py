@@ -47,6 +47,8 @@ GROUPS = (
     "grid",
     "color",
     "normalize",
+    "chroma_blur",
+    "aperture",
     "curriculum",
     "optimizer",
     "schedule",
@@ -70,6 +72,7 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("curriculum") == ["linear"]
+    assert members("chroma_blur") == members("aperture") == ["mundhenk2018"]
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]

@@ -7,6 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from relloc.geometry import PatchGrid
+from relloc.patches.aperture import COVER_PX, Aperture
+from relloc.patches.chroma_blur import ChromaBlur
 from relloc.patches.color import Drop, Gray, Keep
 from relloc.patches.cut import cut
 from relloc.patches.normalize import ByDataset, PerPatch
@@ -20,16 +22,23 @@ IMAGES = torch.randint(
 
 
 # What may be random of patches beside their jitter and colors
-CHANGES: list[dict[str, Any]] = [{}, {"scale": (0.8, 1.1)}]
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"scale": (0.8, 1.1)},
+    {"chroma_blur": ChromaBlur(side_px=3)},
+    {"scale": (0.8, 1.1), "aperture": Aperture(low=0.5, high=1, whole=2)},
+]
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pipeline_of(gap_px: int = 3, **of_grid: Any) -> PatchPipeline:
-    grid = dataclasses.replace(GRID, gap_px=gap_px, **of_grid)
-    return PatchPipeline(grid=grid, color=Drop(noise="gaussian"), normalize=ByDataset())
+def pipeline_of(
+    gap_px: int = 3, scale: tuple[float, float] | None = None, **more: Any
+) -> PatchPipeline:
+    grid = dataclasses.replace(GRID, gap_px=gap_px, scale=scale)
+    return PatchPipeline(grid=grid, color=Drop(noise="gaussian"), normalize=ByDataset(), **more)
 
 
 def test_patches_are_cut_treated_and_normalized_in_this_order() -> None:
@@ -51,6 +60,30 @@ def test_the_generator_decides_everything(changes: dict[str, Any]) -> None:
     first, again, other = (pipeline(images, seeded(seed)) for seed in (2, 2, 3))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_chroma_is_blurred_before_patches_are_cut_and_the_aperture_comes_after_colors() -> None:
+    blur, aperture = ChromaBlur(side_px=5), Aperture(low=0.5, high=0.5, whole=0)
+    color = Gray(p=1, weights="mean")
+    untouched = PatchPipeline(grid=GRID, color=color, normalize=lambda pixels: pixels)
+    pipeline = dataclasses.replace(untouched, chroma_blur=blur, aperture=aperture)
+    corners, becomes_gray, windows = pipeline.draw(6, seeded(1))
+    patches = pipeline.make(IMAGES, corners, becomes_gray, windows)
+    cover = torch.tensor(COVER_PX).view(3, 1, 1)
+    is_covered = (patches == cover).all(dim=2)
+    # The window of half the side shows a quarter, in gray, and the cover keeps its color.
+    assert (is_covered.sum(dim=(2, 3)) == 48).all()
+    gray = color(cut(blur(IMAGES.float()), corners, 8), becomes_gray)
+    visible = ~is_covered.unsqueeze(2).expand_as(patches)
+    torch.testing.assert_close(patches[visible], gray[visible])
+
+
+def test_the_text_of_a_fingerprint_tells_what_else_is_done() -> None:
+    text = repr(pipeline_of())
+    blurred = pipeline_of(chroma_blur=ChromaBlur(side_px=3))
+    assert text.startswith("PatchPipeline(grid=PatchGrid(")
+    assert text.endswith("normalize=ByDataset())")
+    assert repr(blurred) == f"{text[:-1]}, chroma_blur=ChromaBlur(side_px=3))"
 
 
 def test_scaled_patches_show_the_middle_of_their_cells() -> None:

@@ -30,6 +30,8 @@ def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_
 def test_what_else_is_done_to_patches_comes_last() -> None:
     words = ("grid.yoked_jitter=true", "grid.scale=[0.9,1.1]", "curriculum=linear")
     assert name(*words) == "gap21 jit0..21 6ep photos small s0 gray yoked_jitter scaled curriculum"
+    groups = ("chroma_blur=mundhenk2018", "aperture=mundhenk2018")
+    assert name(*groups) == "gap21 jit0..21 6ep photos small s0 gray chroma_blur aperture"
 
 
 def test_trainings_of_other_length_or_data_have_other_names() -> None:

@@ -152,7 +152,8 @@ def network_answers(
 ) -> Float[Tensor, "n 8"]:
     """Returns the probabilities that a network gives each of the eight places, on the CPU.
 
-    It gets the very pixels that the questions are cut from, in the colors that it was trained on.
+    It gets the very pixels that the questions are cut from, in the colors that it was trained on,
+    without the chroma blur or the aperture of its training.
 
     Raises:
         UsageError: an answer is not finite.
