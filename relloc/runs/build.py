@@ -252,13 +252,14 @@ def _data_set(setting: str, node: Mapping[str, Any]) -> DataSet:
 
 def _training_patches(given: Mapping[str, Any]) -> TrainingPatches:
     parts = {}
-    for field in dataclasses.fields(PatchPipeline):
-        # What is optional has no settings unless it is chosen.
-        if given.get(field.name):
-            parts[field.name] = call(field.name, given[field.name])
-    patches = PatchPipeline(**parts)
-    curriculum = call("curriculum", given["curriculum"]) if given.get("curriculum") else None
-    return TrainingPatches(patches=patches, curriculum=curriculum)
+    for name in (*(field.name for field in dataclasses.fields(PatchPipeline)), "curriculum"):
+        # What is optional has no settings unless it is chosen. Where `~curriculum` takes it out of
+        # a preset, those of the preset are left, without the `_target_`.
+        node = given.get(name)
+        if node and "_target_" in node:
+            parts[name] = call(name, node)
+    curriculum = parts.pop("curriculum", None)
+    return TrainingPatches(patches=PatchPipeline(**parts), curriculum=curriculum)
 
 
 def _model(node: Mapping[str, Any]) -> Model:

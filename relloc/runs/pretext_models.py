@@ -56,8 +56,10 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
 
     parts = {}
     for name in _PATCHES:
-        if name not in _OPTIONAL or config.get(name) is not None:
-            parts[name] = call(name, _checked(name, config.get(name), run_dir))
+        node = config.get(name)
+        # A part that was taken out of a preset may have left settings, without a `_target_`.
+        if name not in _OPTIONAL or (isinstance(node, dict) and "_target_" in node):
+            parts[name] = call(name, _checked(name, node, run_dir))
     patches = PatchPipeline(**parts)
     head_node = _checked("model.head", about["model"].get("head"), training)
     questions = CENTER_PAIRS

@@ -1,5 +1,6 @@
 """Every member of every group composes, and its objects can be made."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]
-    assert members("experiment") == sorted([*published, "gap_jitter", "gap_jitter_small"])
+    assert members("experiment") == sorted(
+        [*published, "curriculum", "gap_jitter", "gap_jitter_small"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,14 @@ def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     if choice.startswith("experiment=gap_jitter"):
         named = {"linear_fast", "knn", "voc07_low_shot", "shortcuts", "label_free"}
     assert {one.name for one in settings.evaluations} == named
+
+
+def test_a_curriculum_can_be_taken_out_of_a_preset(compose):
+    words = ["experiment=curriculum", "data=photos"]
+    with_it = build.pretraining(compose("train", words)).training_patches
+    without = build.pretraining(compose("train", [*words, "~curriculum"])).training_patches
+    assert with_it.curriculum is not None
+    assert without == dataclasses.replace(with_it, curriculum=None)
 
 
 @pytest.mark.parametrize("root", ["train", "evaluate"])
