@@ -203,6 +203,10 @@ class PatchGrid:
     def __repr__(self) -> str:
         return repr_without_defaults(self)
 
+    def __hash__(self) -> int:
+        # Settings may be lists, which have no hash.
+        return hash(repr(self))
+
     def __post_init__(self) -> None:
         checks.whole("grid.patch_px", self.patch_px)
         checks.true_or_false("grid.yoked_jitter", self.yoked_jitter)

@@ -71,6 +71,7 @@ _LATER: dict[str, Any] = {
     "grid.yoked_jitter": False,
     "grid.scale": None,
     "grid.yoked_scale": False,
+    "pretext_answers": "classes",
     "model.backbone.last_stride": 2,
     "model.backbone.stem": "imagenet",
     "model.backbone.width": 1,

@@ -260,3 +260,9 @@ def test_no_resized_image_has_a_side_below_the_shortest_that_its_resize_gives() 
     for resize in resizes:
         for height, width in [(1, 1000), (1000, 1), (7, 7)]:
             assert min(resize.size(height, width, 0.5)) >= resize.shortest()
+
+
+def test_a_grid_with_lists_for_settings_is_hashable() -> None:
+    settings = {"patch_px": 8, "gap_px": 2, "resize": None}
+    one, same = (PatchGrid(jitter_px=[0, 1], scale=[1.0, 1.5], **settings) for _ in range(2))
+    assert len({one, same, PatchGrid(jitter_px=1, **settings)}) == 2

@@ -55,12 +55,13 @@ class Aperture:
         sides = torch.randint(low_px, high_px + 1, (b, 1), generator=generator, device=device)
         u = torch.rand((b, 2), generator=generator, device=device)
         tops_lefts = (u * (p - sides + 1)).long()
-        windows = torch.cat([tops_lefts, tops_lefts + sides], dim=1)
         # The patches of an image in random order, the first of which are whole
         order = torch.rand((b, n), generator=generator, device=device).argsort(dim=1)
-        is_whole = order < self.whole
-        all_of_it = windows.new_tensor([0, 0, p, p])
-        return (torch.where(is_whole.unsqueeze(-1), all_of_it, windows.unsqueeze(1)),)
+        is_whole = (order < self.whole).unsqueeze(-1)
+        # With numbers and no tensor of them, whose copy to a GPU would make the host wait
+        starts = torch.where(is_whole, 0, tops_lefts.unsqueeze(1))
+        ends = torch.where(is_whole, p, (tops_lefts + sides).unsqueeze(1))
+        return (torch.cat([starts, ends], dim=2),)
 
     def __call__(
         self,

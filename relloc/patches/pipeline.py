@@ -14,6 +14,7 @@ from relloc.patches.aperture import Aperture
 from relloc.patches.chroma_blur import ChromaBlur
 from relloc.patches.color import Drawn
 from relloc.patches.cut import cut_patches
+from relloc.patches.rotation import QuarterTurns
 from relloc.patches.sample import sample_places
 
 Images = UInt8[Tensor, "b 3 s s"]  # s: the grid's span_px
@@ -47,7 +48,7 @@ class PatchPipeline:
     """Samples a grid of patches, cuts them, treats their colors and normalizes them.
 
     The chroma of images may be blurred before they are cut, and patches covered but for an aperture
-    once their colors are treated.
+    once their colors are treated; at the end patches may be turned.
 
     It works on whole batches, on the device of the images. `draw` makes all random numbers, and
     `make` is a pure function of images and these numbers, so that torch.compile can fuse it.
@@ -62,6 +63,7 @@ class PatchPipeline:
     normalize: Normalize
     chroma_blur: ChromaBlur | None = None
     aperture: Aperture | None = None
+    rotation: QuarterTurns | None = None
 
     def __repr__(self) -> str:
         return repr_without_defaults(self)
@@ -70,14 +72,15 @@ class PatchPipeline:
         """Returns the random numbers for `n_images` images, made by `generator` alone.
 
         The first tensor is the corners of the grid's cells (b 9 2). Where the grid has a scale, the
-        factors of the patches follow (b 9), then what the color treatment draws, and then what the
-        aperture draws, if there is one.
+        factors of the patches follow (b 9), then what the color treatment draws, and then the
+        windows of an aperture and the turns of a rotation, if there is one.
         """
         places = sample_places(self.grid, n_images, generator)
         sizes = (n_images, CELLS, self.grid.patch_px)
         for_color = self.color.draw(*sizes, generator)
         for_aperture = self.aperture.draw(*sizes, generator) if self.aperture else ()
-        return *places, *for_color, *for_aperture
+        turns = self.rotation.draw(*sizes, generator) if self.rotation else ()
+        return *places, *for_color, *for_aperture, *turns
 
     def make(
         self,
@@ -121,16 +124,21 @@ class PatchPipeline:
     def _make_unchecked(self, images: Images, *drawn: Tensor) -> Patches:
         n_places = 1 if self.grid.scale is None else 2
         places = drawn[:n_places]
+        # What is left, in the order of `draw`, less what is optional and stands at the end
         for_color = drawn[n_places:]
+        if self.rotation is not None:
+            *for_color, turns = for_color
+        if self.aperture is not None:
+            *for_color, windows = for_color
+
         if self.chroma_blur is not None:
             images = self.chroma_blur(images.float())
         patches = cut_patches(images, self.grid, *places)
-        if self.aperture is None:
-            treated = self.color(patches, *for_color)
-        else:
-            *for_color, windows = for_color
-            treated = self.aperture(self.color(patches, *for_color), windows)
-        return self.normalize(treated)
+        patches = self.color(patches, *for_color)
+        if self.aperture is not None:
+            patches = self.aperture(patches, windows)
+        patches = self.normalize(patches)
+        return patches if self.rotation is None else self.rotation(patches, turns)
 
     def __call__(self, images: Images, generator: torch.Generator) -> Patches:
         """Returns the patches of `images`, with random numbers drawn from `generator`."""

@@ -29,6 +29,7 @@ from relloc.features.batch_norm import check_one_image, has_batch_norm
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.answers import with_answers
 from relloc.pretext.questions import CENTER_PAIRS, head_sizes
 from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.runs.command_settings import (
@@ -63,11 +64,12 @@ def pretraining(config: DictConfig) -> Pretraining:
             "this experiment or study evaluates checkpoints: run it with python -m relloc.evaluate "
             "experiment=… or python -m relloc.study study=…"
         )
+    training_patches = _training_patches(given)
     settings = Pretraining(
         **_shared(config, given),
         model=_model(given["model"]),
-        training_patches=_training_patches(given),
-        questions=CENTER_PAIRS,
+        training_patches=training_patches,
+        questions=with_answers(CENTER_PAIRS, training_patches.patches, given["pretext_answers"]),
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
         # Made later, when the network exists whose weights it updates

@@ -246,8 +246,9 @@ def _refuse_all_without_head(
         if chosen.evaluation.needs_pretext:
             raise UsageError(
                 f"{chosen.group}.{chosen.name} asks the network of the pretext task, and "
-                f"checkpoint={checkpoints} has no head that answers: give a run folder of "
-                "relloc.train with its checkpoints, checkpoint=RUN_FOLDER"
+                f"checkpoint={checkpoints} has no head that answers with one of eight positions: "
+                "give a run folder of relloc.train with its checkpoints, checkpoint=RUN_FOLDER; "
+                "trainings with rotation= or pretext_answers=regression have none"
             )
 
 
@@ -268,8 +269,8 @@ def _answerable(
             answerable.append(named)
         elif folder:
             console.print_message(
-                f"skipped {named.name} of {model.checkpoint}: it has no head of the pretext task, "
-                "which only a run folder with the training's checkpoints has"
+                f"skipped {named.name} of {model.checkpoint}: it has no head that answers with one "
+                "of eight positions, which only a run folder with the training's checkpoints has"
             )
     return answerable
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.evaluation.contract import EvaluatedModel
+from relloc.pretext.answers import OffsetRegression
 from relloc.results import NO_FILES
 from relloc.runs.command_settings import Pretraining
 from relloc.tracking import RunRecord
@@ -59,11 +60,13 @@ def _more_of_patches(settings: Pretraining) -> list[str]:
         words.append("yoked_jitter")
     if grid.scale is not None:
         words.append("scaled")
-    for name in ("chroma_blur", "aperture"):
+    for name in ("chroma_blur", "aperture", "rotation"):
         if getattr(settings.patches, name) is not None:
             words.append(name)
     if settings.training_patches.curriculum is not None:
         words.append("curriculum")
+    if isinstance(settings.questions, OffsetRegression):
+        words.append("regression")
     return words
 
 

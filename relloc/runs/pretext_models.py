@@ -20,6 +20,7 @@ from relloc.errors import CheckpointError
 from relloc.evaluation.contract import PretextModel
 from relloc.models.backbone import Backbone
 from relloc.patches.pipeline import PatchPipeline
+from relloc.pretext.answers import with_answers
 from relloc.pretext.questions import CENTER_PAIRS, head_sizes
 from relloc.pretext.relative_location import RelativeLocation, about_center
 from relloc.runs import settings
@@ -29,7 +30,7 @@ from relloc.tracking import flatten
 
 # What makes patches: groups of conf/, and fields of `PatchPipeline`. Some may not be chosen.
 _PATCHES = tuple(field.name for field in dataclasses.fields(PatchPipeline))
-_OPTIONAL = ("chroma_blur", "aperture")
+_OPTIONAL = ("chroma_blur", "aperture", "rotation")
 
 
 def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
@@ -62,7 +63,8 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
             parts[name] = call(name, _checked(name, node, run_dir))
     patches = PatchPipeline(**parts)
     head_node = _checked("model.head", about["model"].get("head"), training)
-    questions = CENTER_PAIRS
+    # Runs of earlier versions have no such setting.
+    questions = with_answers(CENTER_PAIRS, patches, config.get("pretext_answers", "classes"))
     network = RelativeLocation(
         copy.deepcopy(backbone),
         call(
@@ -119,7 +121,8 @@ def _check_same_training(
     computed = about.get("computed")
     if not isinstance(computed, Mapping) or not isinstance(about.get("model"), Mapping):
         raise CheckpointError(f"{training} does not say how it was trained")
-    settings_now = flatten({name: config.get(name) for name in (*_PATCHES, "pretext_batch_norm")})
+    names = (*_PATCHES, "pretext_answers", "pretext_batch_norm")
+    settings_now = flatten({name: config.get(name) for name in names})
     # Without those that `computed` leaves out
     now = neutral.settings_of_weights(settings_now)
     differing = [name for name, value in now.items() if computed.get(name) != value]

@@ -196,6 +196,9 @@ class Monitoring:
         finally:
             torch.use_deterministic_algorithms(deterministic)
             self.spent_s += time.monotonic() - started
-        self.folder.mirror_file(confusion_picture(done))
+        # A network whose answers are no positions has no picture.
+        picture = confusion_picture(done)
+        if (self.folder.path / picture).exists():
+            self.folder.mirror_file(picture)
         self.asked_at_s = time.monotonic()
         self.cost_s = self.asked_at_s - started

@@ -50,6 +50,7 @@ GROUPS = (
     "normalize",
     "chroma_blur",
     "aperture",
+    "rotation",
     "curriculum",
     "optimizer",
     "schedule",
@@ -73,12 +74,13 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("curriculum") == ["linear"]
+    assert members("rotation") == ["quarter_turns"]
     assert members("chroma_blur") == members("aperture") == ["mundhenk2018"]
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]
     assert members("experiment") == sorted(
-        [*published, "curriculum", "gap_jitter", "gap_jitter_small"]
+        [*published, "curriculum", "gap_jitter", "gap_jitter_small", "mundhenk2018", "offgrid"]
     )
 
 
@@ -106,6 +108,15 @@ def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     if choice.startswith("experiment=gap_jitter"):
         named = {"linear_fast", "knn", "voc07_low_shot", "shortcuts", "label_free"}
     assert {one.name for one in settings.evaluations} == named
+
+
+def test_the_patches_of_mundhenk_are_110_px_shown_at_96(compose):
+    settings = build.pretraining(
+        compose("train", ["experiment=mundhenk2018", "data.root=/nowhere"])
+    )
+    grid = settings.patches.grid
+    assert (grid.cell_px, grid.pitch_px, grid.patch_px) == (110, 144, 96)
+    assert settings.questions.n_outputs == 4 * 8
 
 
 def test_a_curriculum_can_be_taken_out_of_a_preset(compose):

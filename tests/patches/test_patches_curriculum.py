@@ -12,10 +12,14 @@ from torch._dynamo.testing import CompileCounter
 
 from relloc.errors import UsageError
 from relloc.geometry import PatchGrid
+from relloc.patches.aperture import Aperture
+from relloc.patches.chroma_blur import ChromaBlur
 from relloc.patches.color import Drop, Gray, Keep
 from relloc.patches.curriculum import Curriculum, Mixed, TrainingPatches
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
+from relloc.patches.rotation import QuarterTurns
+from relloc.pretext.graphed import Graphed
 
 LAST = PatchGrid(patch_px=8, gap_px=8, jitter_px=3, resize=None)
 PATCHES = PatchPipeline(grid=LAST, color=Gray(p=1, weights="mean"), normalize=ByDataset())
@@ -135,3 +139,28 @@ def test_one_compiled_graph_serves_all_steps(monkeypatch: pytest.MonkeyPatch) ->
 def test_wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         dataclasses.replace(CURRICULUM, **wrong)
+
+
+@pytest.mark.gpu
+def test_one_recorded_graph_makes_the_patches_of_all_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    everything = PatchPipeline(
+        grid=dataclasses.replace(LAST, scale=(0.9, 1.2)),
+        color=Drop(noise="gaussian"),
+        normalize=ByDataset(),
+        chroma_blur=ChromaBlur(side_px=5),
+        aperture=Aperture(low=0.5, high=1, whole=3),
+        rotation=QuarterTurns(),
+    )
+    patches = TrainingPatches(patches=everything, curriculum=CURRICULUM)
+    images = images_of(patches, 6).cuda()
+    torch.compiler.reset()
+    recorded = Graphed(patches.maker(torch.compile))
+    # The first calls are made plainly, those after them replay the graph.
+    for share in SHARES:
+        drawn = patches.draw(6, torch.Generator("cuda").manual_seed(7), share)
+        made = recorded(images, *drawn).cpu()
+        expected = patches.maker(None)(images.cpu(), *(tensor.cpu() for tensor in drawn))
+        torch.testing.assert_close(made, expected, rtol=0, atol=0.02)

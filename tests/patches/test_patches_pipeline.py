@@ -13,6 +13,7 @@ from relloc.patches.color import Drop, Gray, Keep
 from relloc.patches.cut import cut
 from relloc.patches.normalize import ByDataset, PerPatch
 from relloc.patches.pipeline import PatchPipeline
+from relloc.patches.rotation import QuarterTurns
 from relloc.patches.sample import sample_corners
 
 GRID = PatchGrid(patch_px=8, gap_px=3, jitter_px=(0, 3), resize=None)  # spans 33
@@ -27,6 +28,7 @@ CHANGES: list[dict[str, Any]] = [
     {"scale": (0.8, 1.1)},
     {"chroma_blur": ChromaBlur(side_px=3)},
     {"scale": (0.8, 1.1), "aperture": Aperture(low=0.5, high=1, whole=2)},
+    {"aperture": Aperture(low=0.5, high=1, whole=2), "rotation": QuarterTurns()},
 ]
 
 
