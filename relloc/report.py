@@ -20,10 +20,11 @@ from relloc.reports.as_csv import as_csv
 from relloc.reports.load import Measured, find_measured
 from relloc.reports.missing import FILL_CARD
 from relloc.reports.observations import FEWEST_POINTS, Observations, observations
+from relloc.reports.parts import Report
 from relloc.reports.published import PUBLISHED_MODEL
 from relloc.reports.render import as_html, as_latex, as_markdown
 from relloc.reports.selection import select, split_words
-from relloc.reports.table import ROWS, Report, make_report
+from relloc.reports.table import ROWS, make_report
 from relloc.status import Status
 from relloc.sweeps.point_status import point_statuses_and_problems
 from relloc.sweeps.points import Point

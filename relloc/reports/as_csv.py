@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 
 from relloc.reports.compare import MARK_WORDS, ReportEntry
 from relloc.reports.hours import measured_hours
+from relloc.reports.parts import Report
 from relloc.reports.published import CARD_GROUP, Published, part_with, published_variant
-from relloc.reports.table import Report
 from relloc.results import Result
 from relloc.terminal import escaped
 

@@ -18,7 +18,7 @@ from relloc.errors import DataError
 from relloc.reports.as_csv import as_text
 from relloc.reports.early import early_observations
 from relloc.reports.observations import FEWEST_POINTS, Observations, Quantity
-from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
+from relloc.reports.parts import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS
 from relloc.seeds import Use, seed_for
 from relloc.terminal import quantity

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from relloc.reports.compare import BELOW, INSIDE, MARK_WORDS
-from relloc.reports.table import MISSING, Report
+from relloc.reports.parts import MISSING, Report
 from relloc.terminal import escaped
 
 _MOST_COMMANDS = 9  # of a line, in Markdown: it is printed, and is to fit a screen

@@ -18,7 +18,7 @@ from relloc.reports.folder_names import with_folder_names
 from relloc.reports.lines import short_names
 from relloc.reports.load import without_curves
 from relloc.reports.missing import MissingEvaluations
-from relloc.reports.table import MISSING, Cell, Group, Report, Row, Table
+from relloc.reports.parts import MISSING, Cell, Group, Report, Row, Table
 from relloc.results import LAYERS, REFERENCE_MODELS, Result, read_results
 from relloc.sweeps.points import Point
 from relloc.terminal import quantity

@@ -5,15 +5,12 @@ study, and one for each other set of images. In each table the published rows st
 ours.
 """
 
-import dataclasses
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from relloc.reports.compare import (
     ABOVE,
     BELOW,
     INSIDE,
-    MARK_WORDS,
     ReportEntry,
     make_entries,
     signed_value,
@@ -22,7 +19,9 @@ from relloc.reports.cost import COST_CAPTION, COST_COLUMNS, COST_TITLE, cost_lin
 from relloc.reports.hours import hours_text
 from relloc.reports.lines import image_words, natural_sort_key
 from relloc.reports.load import Measured
-from relloc.reports.missing import FILL_CARD, MissingEvaluations, advice, missing_evaluations
+from relloc.reports.missing import FILL_CARD, advice, missing_evaluations
+from relloc.reports.notes import details, is_of_study, note, own_images, row_notes, shared_texts
+from relloc.reports.parts import MISSING, Cell, Group, Report, Row, Table
 from relloc.reports.published import (
     BEST_LAYER,
     CARD,
@@ -38,107 +37,14 @@ from relloc.reports.published import (
     parts_of,
     published_numbers,
 )
-from relloc.results import LAYERS, Result, folder_of_files, known_interval
+from relloc.results import LAYERS, Result, known_interval
 from relloc.terminal import quantity
 
 # The choices of --rows: published relative location and its controls, or other pretext tasks too
 ROWS = ("card", "all")
-MISSING = "—"  # the text of a cell of ours that is not measured
 _PERCENT = "%"
 # Lines of other images whose numbers a caption gives: the tables of these images have all of them.
 _MOST_LINES_NAMED = 3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A number as a table shows it.
-
-    `text` is the number. `spread` follows it, such as "± 0.8" or "(8.1 to 9.7)", and so does
-    `mark`, which compares it with the published number. `note` becomes a numbered note, which
-    cells of the same origin share; it is "" where the row has notes. `details` is all that is known
-    of this number, which HTML shows on hovering.
-    """
-
-    text: str
-    note: str = ""
-    details: str = ""
-    spread: str = ""
-    mark: str = ""
-    is_best: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A line of a table.
-
-    `setting` says what differs from the published protocol. `cells` has one item for each column;
-    None is shown as `empty`. `notes` are notes on all cells of the row.
-    """
-
-    label: str
-    is_published: bool
-    cells: tuple[Cell | None, ...]
-    setting: str = ""
-    empty: str = ""
-    notes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table with its title, and a caption that stands below it."""
-
-    title: str
-    caption: str = ""
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def notes(self) -> dict[str, int]:
-        """The notes of rows and cells, each once, with numbers from 1 in reading order."""
-        numbers: dict[str, int] = {}
-        for row in self.rows:
-            # The row's own notes stand before those of its cells
-            texts = list(row.notes)
-            for cell in row.cells:
-                if cell:
-                    texts.append(cell.note)
-            for text in texts:
-                if text and text not in numbers:
-                    numbers[text] = len(numbers) + 1
-        return numbers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    """The tables of numbers that were measured on the same images, or by the same study."""
-
-    title: str
-    tables: tuple[Table, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything that a report shows.
-
-    `legend` explains the tables. `advice` says what to do about missing cells ("" where none is
-    missing), and `missing` has the commands. `cost` has the hours of the card's rows, and is None
-    where the card is not shown. `entries` and `published` are the same numbers in long form, for
-    CSV.
-    """
-
-    title: str
-    groups: tuple[Group, ...]
-    legend: tuple[str, ...]
-    advice: str
-    missing: tuple[MissingEvaluations, ...]
-    cost: Group | None = None
-    entries: tuple[ReportEntry, ...] = ()
-    published: tuple[Published, ...] = ()
-
-    @property
-    def shown_groups(self) -> tuple[Group, ...]:
-        """All groups in the order in which they are shown: that of the cost stands last."""
-        return (*self.groups, self.cost) if self.cost else self.groups
 
 
 def make_report(measured: Iterable[Measured], rows: str = "") -> Report:
@@ -368,7 +274,7 @@ def _our_rows(
         words = [entry.setting]
         # Where one setting was measured on several sets of images, each of them has a row
         if len(images_of[entry.setting]) > 1:
-            words += _own_images(entry, shared_images)
+            words += own_images(entry, shared_images)
         setting = ", ".join(filter(None, words))
         in_column = rows.setdefault((entry.label, setting), {})
         in_column[entry.result.column] = entry
@@ -391,7 +297,7 @@ def _our_rows(
         is_on_card = same_label[0].group == CARD_GROUP
         notes = ()
         if not is_on_card:
-            notes = _row_notes(list(in_column.values()), same_label, shared_images)
+            notes = row_notes(list(in_column.values()), same_label, shared_images)
         yield Row(
             label=label,
             is_published=False,
@@ -402,10 +308,6 @@ def _our_rows(
         )
 
 
-def _is_of_study(entry: ReportEntry) -> bool:
-    return entry.result.kind == "study"
-
-
 def _images_by_setting(entries: Sequence[ReportEntry]) -> dict[str, set[tuple[str, ...]]]:
     """Returns the sets of images that each setting was measured on; none outside of studies.
 
@@ -414,24 +316,17 @@ def _images_by_setting(entries: Sequence[ReportEntry]) -> dict[str, set[tuple[st
     images: dict[str, set[tuple[str, ...]]] = {}
     for entry in entries:
         of_setting = images.setdefault(entry.setting, set())
-        if _is_of_study(entry):
+        if is_of_study(entry):
             of_setting.add(tuple(image_words(entry.measured)))
     return images
 
 
 def _shared_images(entries: Sequence[ReportEntry]) -> list[str]:
     """Returns the words on images that all numbers of a study's table share, else none."""
-    if not entries or not all(map(_is_of_study, entries)):
+    if not entries or not all(map(is_of_study, entries)):
         return []
     words_of_each = [image_words(entry.measured) for entry in entries]
-    return _shared(words_of_each)
-
-
-def _own_images(entry: ReportEntry, shared_images: Collection[str]) -> list[str]:
-    """Returns the words on the images of a study's number that not all of its table share."""
-    if not _is_of_study(entry):
-        return []
-    return [word for word in image_words(entry.measured) if word not in shared_images]
+    return shared_texts(words_of_each)
 
 
 def _our_cell(entry: ReportEntry, unit: str) -> Cell:
@@ -456,151 +351,11 @@ def _our_cell(entry: ReportEntry, unit: str) -> Cell:
     return Cell(
         text=text,
         note=note([entry]) if entry.group == CARD_GROUP else "",
-        details="\n".join(_details(entry)),
+        details="\n".join(details(entry)),
         spread=spread,
         mark=entry.mark,
         is_best=entry.is_best,
     )
-
-
-def facts(row: Result) -> list[str]:
-    """Returns phrases on how a number was measured, such as its protocol, view and precision."""
-    phrases = []
-    if row.protocol:
-        phrases.append(f"protocol {row.protocol}")
-    phrases += [row.choice, *row.details]
-    for deviation in row.deviations:
-        phrases.append(f"deviation: {deviation}")
-    phrases += [row.view, row.precision]
-    # Facts that are not given are empty texts
-    return [phrase for phrase in phrases if phrase]
-
-
-def note(entries: Sequence[ReportEntry]) -> str:
-    """Returns the note on several numbers: their runs, seeds, commits and shared facts.
-
-    An ellipsis stands for facts that hold for some of the numbers only.
-    """
-    shared_facts, has_more = _shared_facts(entries)
-    phrases = [*_origins(entries), *shared_facts]
-    if has_more:
-        phrases.append("…")
-    return "; ".join([*phrases, *_layer_reasons(entries)])
-
-
-def _row_notes(
-    in_row: Sequence[ReportEntry],
-    same_label: Sequence[ReportEntry],
-    shared_images: Collection[str],
-) -> tuple[str, ...]:
-    """Returns the notes of a row outside of the card: what holds for its line, then for it alone.
-
-    An ellipsis stands for facts that hold for some of the row's numbers only.
-
-    Args:
-        in_row: The numbers of the row.
-        same_label: Those of all rows of its line.
-        shared_images: The words on images that a study's table has said.
-    """
-    facts_of_line, _ = _shared_facts(same_label)
-    facts_of_row, has_more = _shared_facts(in_row)
-    of_row = [fact for fact in facts_of_row if fact not in facts_of_line]
-    own_images = _shared([_own_images(entry, shared_images) for entry in in_row])
-    # The view is both a fact and a word on images
-    of_row += [word for word in own_images if word not in (*facts_of_line, *of_row)]
-    of_line = [*_origins(same_label), *facts_of_line]
-    if has_more:
-        (of_row or of_line).append("…")
-    of_line += _layer_reasons(same_label)
-    of_line += _files(same_label)
-    notes = ["; ".join(of_line), "; ".join(of_row)]
-    return tuple(filter(None, notes))
-
-
-def _origins(entries: Sequence[ReportEntry]) -> list[str]:
-    """Returns phrases that name the runs, seeds and commits of some numbers."""
-    runs = [entry.measured.run for entry in entries]
-    origins: Mapping[str, list[str]] = {
-        "run": [run.name for run in runs],
-        "seed": [str(entry.result.seed) for entry in entries],
-        "commit": [short_commit(run.commit) for run in runs],
-    }
-    phrases = []
-    for name, values in origins.items():
-        distinct = dict.fromkeys(values)
-        listed = " and ".join(distinct)
-        phrases.append(f"{name} {listed}")
-    return phrases
-
-
-def _shared_facts(entries: Sequence[ReportEntry]) -> tuple[list[str], bool]:
-    """Returns the facts that all of some numbers share, and whether some have others beside."""
-    facts_of_each = [facts(entry.result) for entry in entries]
-    shared = _shared(facts_of_each)
-    return shared, max(map(len, facts_of_each)) > len(shared)
-
-
-def _shared(texts_of_each: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the texts that are in all lists, in the order of the first."""
-    first = texts_of_each[0]
-    return [text for text in first if all(text in others for others in texts_of_each)]
-
-
-def _files(entries: Sequence[ReportEntry]) -> list[str]:
-    """Returns phrases that say where pictures and tables of the evaluations of some numbers are."""
-    folders = []
-    for entry in entries:
-        row = entry.result
-        folders.append(entry.measured.run.folder / folder_of_files(row.eval, row.fingerprint))
-    there = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-    return [f"pictures and tables: {', '.join(map(str, there))}"] if there else []
-
-
-def _layer_reasons(entries: Sequence[ReportEntry]) -> list[str]:
-    """Returns why layers were chosen: each reason once, in the order of the numbers."""
-    reasons = [entry.layer_reason for entry in entries if entry.layer_reason]
-    return list(dict.fromkeys(reasons))
-
-
-def short_commit(commit: str) -> str:
-    """Returns ten digits of a commit, with the "-dirty" of changed files where it has one."""
-    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
-
-
-def _details(entry: ReportEntry) -> Iterable[str]:
-    """Yields the lines that say all that is known of one of our numbers."""
-    row = entry.result
-    run = entry.measured.run
-    # Where it comes from, and how it was measured.
-    yield f"run {run.name} ({run.folder})"
-    yield f"seed {row.seed}, commit {run.commit}"
-    yield from facts(row)
-    metric = row.metric if row.unit == "%" else f"{row.metric} in {row.unit}"
-    phrases = (
-        f"{row.dataset} {row.split}",
-        f"n = {row.n:,}",
-        row.layer,
-        metric,
-    )
-    yield ", ".join(filter(None, phrases))
-    if entry.measured.digest:
-        yield f"images {entry.measured.digest}"
-    # How certain it is
-    if interval := known_interval(row.low, row.high, row.unit):
-        low, high = interval
-        yield f"95 % interval {low:.2f} to {high:.2f}"
-    for name, value in entry.spread.items():
-        yield f"{name} over draws: {value:.2f}"
-    if entry.layer_reason:
-        yield entry.layer_reason
-    # How it compares with the published number, and with earlier measurements of ours
-    if entry.mark:
-        printed = " / ".join(each.printed for each in entry.compared_with)
-        first = entry.compared_with[0]
-        word = MARK_WORDS[entry.mark]
-        yield f"{word}: {first.row} {printed}, tolerance {first.tolerance:g}"
-    for old in entry.measured.older:
-        yield f"replaces {old.result.value:.2f} of run {old.run.name}"
 
 
 def _has_interval(row: Result) -> bool:

@@ -21,9 +21,10 @@ from relloc.reports.hours import (
     rows_of_card,
 )
 from relloc.reports.load import Measured, Run
+from relloc.reports.parts import Report
 from relloc.reports.published import card_parts
 from relloc.reports.render import as_html, as_markdown
-from relloc.reports.table import Report, make_report
+from relloc.reports.table import make_report
 from relloc.results import Result
 
 OURS = "/data/runs/card2022/backbone.safetensors"

@@ -10,8 +10,9 @@ import pytest
 
 from relloc.reports.as_csv import as_csv
 from relloc.reports.load import Measured, Run
+from relloc.reports.parts import Report
 from relloc.reports.render import as_html, as_latex, as_markdown, escape_latex, escape_markdown
-from relloc.reports.table import Report, make_report
+from relloc.reports.table import make_report
 from relloc.results import Result
 
 OURS = "/data/runs/card_2022/backbone.safetensors"

@@ -9,8 +9,9 @@ import pytest
 from relloc.reports.as_csv import as_csv
 from relloc.reports.compare import make_entries
 from relloc.reports.load import Measured, Run
+from relloc.reports.parts import Report
 from relloc.reports.published import CARD_GROUP, foreign_view
-from relloc.reports.table import Report, make_report
+from relloc.reports.table import make_report
 from relloc.results import Result
 
 OURS = "/data/runs/card2022/backbone.safetensors"

@@ -17,8 +17,10 @@ from relloc.reports.hours import hours_text
 from relloc.reports.lines import RUN_WEIGHTS, label_lines
 from relloc.reports.load import Line, Measured, Run
 from relloc.reports.missing import command
+from relloc.reports.notes import note, short_commit
+from relloc.reports.parts import MISSING, Report, Row
 from relloc.reports.published import CARD_GROUP, card_parts, published_numbers
-from relloc.reports.table import MISSING, Report, Row, column_order, make_report, note, short_commit
+from relloc.reports.table import column_order, make_report
 from relloc.results import CHOSEN_WITHOUT_TEST, Result
 
 OURS = "/data/runs/card2022/backbone.safetensors"
