@@ -1,4 +1,4 @@
-.PHONY: check docs test
+.PHONY: check docs newest test
 
 check:
 	ruff check .
@@ -8,6 +8,13 @@ check:
 
 test:
 	pytest
+
+# The newest releases that pyproject.toml allows, in an environment of their own.
+newest:
+	python -m venv .venv-newest
+	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
+	.venv-newest/bin/pip list
+	. .venv-newest/bin/activate && pytest -m 'not slow and not gpu'
 
 docs:
 	mkdocs build --strict

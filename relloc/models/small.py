@@ -6,8 +6,8 @@ from torchvision.models.resnet import BasicBlock
 
 from relloc.models.backbone import STAGES, Backbone
 
-# With fewer channels torch 2.11 (oneDNN, on processors without AVX-512) writes beyond its memory in
-# the backward of a strided 1x1 convolution in channels-last format.
+# With fewer channels torch 2.11 to 2.15 (oneDNN, on processors without AVX-512) writes beyond its
+# memory in the backward of a strided 1x1 convolution in channels-last format.
 _MIN_WIDTH = 8
 
 

@@ -20,8 +20,9 @@ def keep_compiled_code(runs: Path) -> None:
     each file at one go, so that many processes can share the folder.
     """
     # A network with an `autograd.Function`, such as ghost batch norm, is traced and differentiated
-    # anew in each process by default. The switch is off in torch 2.11 only until it has been tried
-    # more widely (pytorch pull request 149751): the hash covers both directions of such a function.
+    # anew in each process by default. The switch is off in torch 2.11 to 2.15 only until it has
+    # been tried more widely (pytorch pull request 149751): the hash covers both directions of such
+    # a function.
     autograd_config.autograd_cache_allow_custom_autograd_functions = True
     named = os.environ.get(VARIABLE, "")
     if named and not is_torchs_default(named):

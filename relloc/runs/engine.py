@@ -168,8 +168,8 @@ def _precision(asked: str, *, is_gpu: bool) -> str:
     """
     if asked == "bf16" and not is_gpu:
         raise UsageError(
-            "precision=bf16 is for GPUs: torch 2.11 leaves weight gradients of some bfloat16 "
-            "convolutions unset on CPUs. Give precision=fp32"
+            "precision=bf16 is for GPUs: on CPUs torch (2.11 to 2.15) leaves weight gradients of "
+            "some bfloat16 convolutions unset. Give precision=fp32"
         )
     if asked != "auto":
         return asked
