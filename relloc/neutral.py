@@ -78,6 +78,7 @@ _LATER: dict[str, Any] = {
     "strides": "standard",
     "watch": None,
     "save_recalibrated": False,
+    "decode": "cpu",
 }
 
 

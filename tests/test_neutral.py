@@ -47,6 +47,12 @@ def test_all_others_do(name: str) -> None:
     assert neutral.settings_of_weights({name: 1}) == {name: 1}
 
 
+def test_a_later_setting_counts_only_where_it_is_not_what_was_done_before() -> None:
+    for decides in (neutral.settings_of_weights, neutral.settings_of_run):
+        assert decides({"decode": "cpu"}) == {}
+        assert decides({"decode": "device"}) == {"decode": "device"}
+
+
 def test_a_run_is_the_same_however_it_is_run_and_another_with_other_evaluations() -> None:
     config = {
         "device": "cpu",

@@ -11,7 +11,7 @@ from PIL import Image
 from relloc.data.annotations import VOID, Objects, check_same_size
 from relloc.data.contents import hash_files
 from relloc.data.folder import FolderImages, missing_paths, names_below_common_folder
-from relloc.data.images import read_unconverted
+from relloc.data.images import Undecoded, read_unconverted, size_of
 from relloc.data.object_table import ObjectTable
 from relloc.data.processes import Progress
 from relloc.errors import DataError, UnreadableImage
@@ -64,6 +64,13 @@ class ObjectFolder(FolderImages):
         rgb = super().read(index)
         check_same_size("its annotation", size, (rgb.height, rgb.width))
         return rgb
+
+    def read_undecoded(self, index: int) -> Undecoded:
+        """Returns the JPEG of a file undecoded, or else pixels. Raises what `read` raises."""
+        size = self.size(index)
+        image = super().read_undecoded(index)
+        check_same_size("its annotation", size, size_of(image))
+        return image
 
     def objects(self, index: int) -> Objects:
         return self.table.objects(index)

@@ -5,19 +5,25 @@ The grid of patches is cut out of the crop later, on the training device (`rello
 
 import dataclasses
 import random
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relloc.data.image_set import ImageSet
-from relloc.data.images import crop_resized
-from relloc.data.loader import Sample
+from relloc.data.cuts import Cut, Resampling, resample, square_of_resized
+from relloc.data.image_set import ImageSet, read_undecoded
+from relloc.data.images import Undecoded, size_of
+from relloc.data.loader import Reasons, Sample
 from relloc.data.shards import ShardImages
+from relloc.data.undecoded import UndecodedSample
 from relloc.errors import UnreadableImage
 from relloc.geometry import PatchGrid
 from relloc.seeds import Use, seed_for
+
+T = TypeVar("T")
 
 # How many images in a row are tried before a crop is given up. More are hardly bad luck.
 _MOST_TRIES = 50
@@ -51,24 +57,40 @@ class Crops(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        index, pixels, unreadable = self._first_readable(key, self._crop)
+        return Sample(index=index, pixels=pixels, unreadable=unreadable)
+
+    def undecoded(self, key: tuple[int, ...]) -> UndecodedSample:
+        """Returns the crop of a key before it is decoded; `self[key]` decodes it."""
+        index, found, unreadable = self._first_readable(key, self._undecoded)
+        image, cut = found or (None, None)
+        return UndecodedSample(index=index, image=image, cut=cut, unreadable=unreadable)
+
+    def _first_readable(
+        self, key: tuple[int, ...], read: Callable[[int, random.Random], T]
+    ) -> tuple[int, T | None, Reasons]:
+        """Returns the first image from that of the key on that `read` can read.
+
+        That are its index, what was read of it (None if no image could be), and why those before
+        could not.
+        """
         index, *numbers = key
         seed = seed_for(self.use, self.seed, *numbers, index)
-        unreadable: dict[str, str] = {}
+        unreadable: Reasons = {}
         tries = 1 if self.centered else min(_MOST_TRIES, len(self))
         for offset in range(tries):
             candidate = (index + offset) % len(self)
             # Each candidate starts with the same seed, however many before it were broken.
             try:
-                pixels = self._crop(candidate, random.Random(seed))
+                found = read(candidate, random.Random(seed))
             except UnreadableImage as error:
                 unreadable[self.images.source(candidate)] = str(error)
             else:
-                return Sample(index=candidate, pixels=pixels, unreadable=unreadable)
-        return Sample(index=index, pixels=None, unreadable=unreadable)
+                return candidate, found, unreadable
+        return index, None, unreadable
 
     def _crop(self, index: int, rng: random.Random) -> UInt8[np.ndarray, "s s 3"]:
         """Returns the crop of one image; `rng` is the only source of randomness."""
-        side = self.grid.span_px
         # Packed images are read as arrays: an image that is only cut takes 1.4 times as long
         # through Pillow.
         if isinstance(self.images, ShardImages):
@@ -77,7 +99,28 @@ class Crops(Dataset[Sample]):
         else:
             image = self.images.read(index)
             height, width = image.height, image.width
+        step = self._step(height, width, rng)
+        if isinstance(image, np.ndarray):
+            # An image that has its size already, as packing leaves it, is only cut.
+            if step.is_copy:
+                top, left, bottom, right = step.whole_box
+                return image[top:bottom, left:right]
+            image = Image.fromarray(image)
+        return np.asarray(resample(image, step))
 
+    def _undecoded(self, index: int, rng: random.Random) -> tuple[Undecoded, Cut]:
+        """Returns one image before it is decoded, and how to cut the crop that `_crop` returns."""
+        image = read_undecoded(self.images, index)
+        step = self._step(*size_of(image), rng)
+        return image, Cut(steps=(step,))
+
+    def _step(self, height: int, width: int, rng: random.Random) -> Resampling:
+        """Returns how the crop of an image of `height` x `width` px is made.
+
+        Raises:
+            UnreadableImage: the image is smaller than the grid, which may not be enlarged.
+        """
+        side = self.grid.span_px
         # The size that the image is resized to; one that is smaller than the grid may be refused.
         try:
             size = self.grid.resized(height, width, rng.random())
@@ -90,10 +133,4 @@ class Crops(Dataset[Sample]):
         else:
             top = rng.randint(0, size[0] - side)
             left = rng.randint(0, size[1] - side)
-
-        if isinstance(image, np.ndarray):
-            # An image that has this size already, as packing leaves it, is only cut.
-            if image.shape[:2] == size:
-                return image[top : top + side, left : left + side]
-            image = Image.fromarray(image)
-        return np.asarray(crop_resized(image, size, (top, left), side))
+        return square_of_resized(height, width, size, (top, left), side)

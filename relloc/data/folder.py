@@ -19,7 +19,7 @@ from PIL import Image
 
 from relloc.data.contents import hash_files
 from relloc.data.image_set import Role, Splits, warn_of_other_counts
-from relloc.data.images import SUFFIXES, read_rgb
+from relloc.data.images import SUFFIXES, Undecoded, read_rgb, read_undecoded
 from relloc.data.listing import (
     PassedOver,
     class_folders_of,
@@ -75,6 +75,10 @@ class FolderImages:
 
     def read(self, index: int) -> Image.Image:
         return read_rgb(Path(self.paths[index]))
+
+    def read_undecoded(self, index: int) -> Undecoded:
+        """Returns the JPEG of a file undecoded, or else pixels (see `images.as_jpeg`)."""
+        return read_undecoded(Path(self.paths[index]))
 
     def source(self, index: int) -> str:
         return self.paths[index]

@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
 
 from relloc import ranks
+from relloc.data.images import Undecoded
 
 Role = Literal["train", "held_out"]
 ROLES: tuple[Role, ...] = ("train", "held_out")
@@ -66,6 +68,26 @@ class ImageSet(Protocol):
         It identifies the data set in results: copies in other places have the same hash.
         """
         ...
+
+
+@runtime_checkable
+class UndecodedImages(Protocol):
+    """What an `ImageSet` has beside if its images can be decoded elsewhere, such as on a GPU."""
+
+    def read_undecoded(self, index: int) -> Undecoded:
+        """Returns a JPEG undecoded, or pixels of all others. Raises what `ImageSet.read` raises."""
+        ...
+
+
+def read_undecoded(images: ImageSet, index: int) -> Undecoded:
+    """Returns an image of a set undecoded, where the set can do so, or its pixels.
+
+    Raises:
+        UnreadableImage: the file can't be read.
+    """
+    if isinstance(images, UndecodedImages):
+        return images.read_undecoded(index)
+    return np.asarray(images.read(index))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 # The plugins of the formats below are imported by name, as Image.open would import all forty.
 from PIL import (
@@ -25,7 +26,7 @@ from PIL import (
     GifImagePlugin,  # noqa: F401
     Image,
     Jpeg2KImagePlugin,  # noqa: F401
-    JpegImagePlugin,  # noqa: F401
+    JpegImagePlugin,
     PngImagePlugin,  # noqa: F401
     PpmImagePlugin,  # noqa: F401
     TiffImagePlugin,
@@ -33,6 +34,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from relloc.data.cuts import resample, square_of_resized
 from relloc.errors import UnreadableImage
 from relloc.geometry import Pair
 
@@ -90,6 +92,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPS_AXES = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+# Sampling of brightness in the subsamplings 4:4:4, 4:2:2, 4:2:0 and 4:4:0, where colors have 1 x 1
+_LUMA_SAMPLINGS = frozenset([(1, 1), (2, 1), (2, 2), (1, 2)])
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -147,6 +152,85 @@ def read_file(path: Path) -> ImageFile:
         content = file.read()
         rgb, is_plain_jpeg = _decoded(io.BytesIO(content))
     return ImageFile(content=content, rgb=rgb, is_plain_jpeg=is_plain_jpeg)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Jpeg:
+    """The bytes of a JPEG that can be left to another decoder, and what to know of it before.
+
+    Its image has `stored_size` (height, width), and is upright after `transposition`, if any.
+    """
+
+    content: bytes | bytearray
+    stored_size: Pair
+    transposition: Image.Transpose | None
+
+    @property
+    def size(self) -> Pair:
+        """Height and width of the upright image."""
+        height, width = self.stored_size
+        return (width, height) if self.transposition in _SWAPS_AXES else (height, width)
+
+
+# What a decoder makes an image of, or its pixels where there is nothing left to decode
+Undecoded = Jpeg | UInt8[np.ndarray, "h w 3"]
+
+
+def size_of(image: Undecoded) -> Pair:
+    """Returns the height and width of the upright image."""
+    if isinstance(image, Jpeg):
+        return image.size
+    height, width, _ = image.shape
+    return height, width
+
+
+def as_jpeg(content: bytes | bytearray) -> Jpeg | None:
+    """Returns the JPEG in the bytes of a file if another decoder is sure to take it as Pillow does.
+
+    None for all others: other formats, gray and CMYK images, rare color subsampling, files of
+    several pictures, and files that may be truncated. Of a JPEG only the header is read.
+    """
+    begin, end = _ENDS[0]
+    if not (content.startswith(begin) and content.endswith(end)):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # What is wrong with a file is said by whoever decodes it.
+        with contextlib.suppress(*_BROKEN), Image.open(io.BytesIO(content), formats=FORMATS) as of:
+            check_size(*of.size)
+            if min(of.size) == 0 or of.mode != "RGB" or not _has_usual_colors(of):
+                return None
+            return Jpeg(
+                content=content,
+                stored_size=(of.height, of.width),
+                transposition=_transposition(of),
+            )
+    return None
+
+
+def _has_usual_colors(image: Image.Image) -> bool:
+    """Whether an image is a JPEG whose three components are YCbCr in a usual subsampling."""
+    # Files of several pictures are of a class of their own, MpoImageFile.
+    if type(image) is not JpegImagePlugin.JpegImageFile or image.bits != 8:
+        return False
+    # (name, horizontal and vertical sampling, table) of each component
+    names = bytes(component[0] for component in image.layer)
+    luma, *chroma = [component[1:3] for component in image.layer]
+    # 0 in Adobe's marker stands for RGB, and so do these names without any marker.
+    is_ycbcr = names != b"RGB" and image.info.get("adobe_transform", 1) == 1
+    return is_ycbcr and luma in _LUMA_SAMPLINGS and chroma == [(1, 1), (1, 1)]
+
+
+def read_undecoded(path: Path) -> Undecoded:
+    """Returns the JPEG of a file undecoded (see `as_jpeg`), or else the pixels of `read_rgb`.
+
+    Raises:
+        UnreadableImage: as `read_rgb`, but a JPEG may still turn out to be damaged.
+    """
+    with _opened(path) as file:
+        content = file.read()
+        jpeg = as_jpeg(content)
+        return jpeg or np.asarray(_decoded(io.BytesIO(content))[0])
 
 
 def read_size(path: Path) -> Pair:
@@ -339,21 +423,6 @@ def _float_in_8_bits(values: np.ndarray) -> Image.Image:
 def crop_resized(image: Image.Image, size: Pair, corner: Pair, side_px: int) -> Image.Image:
     """Returns a square of the image resized to `size` (height, width), in pixels.
 
-    The square has its top left corner at `corner` (row, column) of the resized image, and
-    `side_px` pixels a side. Resizing is bilinear with antialiasing, as torchvision does on Pillow
-    images. Only the square is computed, so a very long image costs no more than another.
+    It is the square that `square_of_resized` describes.
     """
-    top, left = corner
-    # An image of that size already is only cut, which gives the same pixels.
-    if size == (image.height, image.width):
-        return image.crop((left, top, left + side_px, top + side_px))
-    # The square in pixels of the original image; rounding may not lead beyond its border.
-    scale_row = image.height / size[0]
-    scale_column = image.width / size[1]
-    box = (
-        left * scale_column,
-        top * scale_row,
-        min((left + side_px) * scale_column, image.width),
-        min((top + side_px) * scale_row, image.height),
-    )
-    return image.resize((side_px, side_px), Image.Resampling.BILINEAR, box=box)
+    return resample(image, square_of_resized(image.height, image.width, size, corner, side_px))

@@ -6,7 +6,6 @@ over for each batch. `relloc.data.slots` is the faster variant that pretraining 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,16 +15,14 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from relloc.data.handing_over import Shape, answer_with, memory_to_hand_over, own_memory, received
 from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
-from relloc.data.shared_memory import can_be_handed, handed_over, to_hand_over
-from relloc.errors import DataError, Interrupted
+from relloc.errors import DataError
 from relloc.terminal import quantity
 
 # Why images can't be used, by their names.
 Reasons = dict[str, str]
-Shape = tuple[int, ...]
 Rows = UInt8[Tensor, "b s s 3"]
-_own_memory = functools.partial(torch.empty, dtype=torch.uint8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ def write_samples(
 
 def collate(samples: list[Sample], *, pin: bool = False) -> ImageBatch:
     """Returns a batch of samples, all of one size, in newly allocated memory."""
-    message, rows = write_samples(samples, _own_memory)
+    message, rows = write_samples(samples, own_memory)
     return message.batch(rows, pin=pin)
 
 
@@ -152,47 +149,17 @@ def load(
 
 
 def _read_and_hand_over(samples: Dataset[Sample], keys: list[Any]) -> Answer:
-    """Reads a batch in a worker process, into memory that is handed to the training process.
-
-    Where the system has no such memory, the pixels travel in the message itself.
-    """
+    """Reads a batch in a worker process, into memory that is handed to the training process."""
     descriptors: list[int] = []
-
-    def memory(shape: Shape) -> Rows:
-        # An empty batch needs no memory, and none of size 0 can be mapped.
-        if not can_be_handed() or not all(shape):
-            return _own_memory(shape)
-        try:
-            descriptor, rows = to_hand_over(shape)
-        except OSError as error:
-            megabytes = math.prod(shape) / 1e6
-            raise Interrupted(
-                f"there is no room for a batch of {megabytes:.0f} MB in a process that reads "
-                f"images ({error.strerror}): give fewer, such as workers=2, or more memory, and "
-                "start the same command again"
-            ) from error
-        # The training process maps the same memory by this descriptor.
-        descriptors.append(descriptor)
-        return rows
-
+    memory = functools.partial(memory_to_hand_over, descriptors)
     batch = [samples[key] for key in keys]
     message, rows = write_samples(batch, memory)
-    # As a numpy array, since torch would send a tensor through /dev/shm.
-    pixels_in_message = None if descriptors else rows.numpy()
-    return Answer(
-        content=(message, pixels_in_message),
-        descriptors=tuple(descriptors),
-    )
+    return answer_with(message, rows, descriptors)
 
 
 def _received(answer: Answer, *, pin: bool) -> ImageBatch:
     """Returns, in the training process, the batch that `_read_and_hand_over` answered with."""
-    message, pixels_in_message = answer.content
-    if pixels_in_message is None:
-        [descriptor] = answer.descriptors
-        rows = handed_over(descriptor, message.shape)
-    else:
-        rows = torch.from_numpy(pixels_in_message)
+    message, rows = received(answer)
     return message.batch(rows, pin=pin)
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction, util
 from multiprocessing.connection import Connection
@@ -335,13 +335,15 @@ def _pickled(error: BaseException) -> bytes:
     return content
 
 
-def look_ahead(answers: ReadingProcesses, finish: Callable[[Answer], Any]) -> Iterator[Any]:
-    """Yields `finish(answer)` of each answer, in order, computed a few ahead in threads."""
+def look_ahead(
+    answers: ReadingProcesses, finish: Callable[[Answer], Any], *, at_once: int = _FINISHING
+) -> Generator[Any, None, None]:
+    """Yields `finish(answer)` of each answer, in order, computed `at_once` ahead in threads."""
     pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(max_workers=_FINISHING, thread_name_prefix="relloc batches") as threads:
+    with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="relloc batches") as threads:
         for answer in answers:
             pending.append(threads.submit(finish, answer))
             # Read ahead only while answers are ready. After the last answer none is ready, so
             # that this empties the queue.
-            while len(pending) > _FINISHING or (pending and not answers.ready()):
+            while len(pending) > at_once or (pending and not answers.ready()):
                 yield pending.popleft().result()

@@ -36,7 +36,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.contents import versioned
 from relloc.data.image_set import ROLES, ImageSet, Role, Splits
-from relloc.data.images import check_size
+from relloc.data.images import Undecoded, as_jpeg, check_size
 from relloc.data.manifest import (
     file_hash,
     holds_pixels,
@@ -201,6 +201,24 @@ class ShardImages:
         Raises:
             UnreadableImage: the image could not be read when packed, or its tar is damaged.
         """
+        content = self._stored(index)
+        if isinstance(content, np.ndarray):
+            return content
+        return decoded(content)
+
+    def read_undecoded(self, index: int) -> Undecoded:
+        """Returns an image as it is stored: a JPEG undecoded if that may be, or pixels.
+
+        Raises:
+            UnreadableImage: as `read_array`, but a JPEG may still turn out to be damaged.
+        """
+        content = self._stored(index)
+        if isinstance(content, np.ndarray):
+            return content
+        return as_jpeg(content) or decoded(content)
+
+    def _stored(self, index: int) -> bytearray | UInt8[np.ndarray, "h w 3"]:
+        """Returns the bytes of a JPEG, or pixels. Raises what `read_array` raises."""
         sizes = self._index["size"]
         size = int(sizes[index])
         # Size 0 marks an image that could not be read when the folder was packed.
@@ -217,11 +235,10 @@ class ShardImages:
             if self._heights is not None:
                 pixels = self._mapped_files.view(tar, offset, size)
                 return as_image(pixels, int(self._heights[index]))
-            content = self._files.read(tar, offset, size)
+            return self._files.read(tar, offset, size)
         except (OSError, EOFError) as error:
             kind = type(error).__name__
             raise UnreadableImage(f"{kind}: {error}") from error
-        return decoded(content)
 
     def source(self, index: int) -> str:
         """Returns the original name of an image. Raises `DataError` if it can't be read."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from relloc import checks
-from relloc.data.image_set import ImageSet, hash_lines
+from relloc.data.image_set import ImageSet, hash_lines, read_undecoded
+from relloc.data.images import Undecoded
 from relloc.errors import DataError, data_errors
 from relloc.terminal import quantity
 
@@ -38,6 +39,11 @@ class Subset:
     def read(self, index: int) -> Image.Image:
         index_of_all = self.indices[index]
         return self.images.read(index_of_all)
+
+    def read_undecoded(self, index: int) -> Undecoded:
+        """Returns an image undecoded, where the set that it is of can do so, or its pixels."""
+        index_of_all = self.indices[index]
+        return read_undecoded(self.images, index_of_all)
 
     def source(self, index: int) -> str:
         index_of_all = self.indices[index]

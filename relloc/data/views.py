@@ -8,7 +8,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,9 +16,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from relloc import checks
-from relloc.data.image_set import ImageSet
-from relloc.data.images import crop_resized
-from relloc.data.loader import Sample
+from relloc.data.cuts import Cut, Resampling, apply, square_of_resized, whole
+from relloc.data.image_set import ImageSet, read_undecoded
+from relloc.data.images import size_of
+from relloc.data.loader import Reasons, Sample
+from relloc.data.undecoded import UndecodedSample
 from relloc.errors import UnreadableImage, UsageError
 from relloc.geometry import ShortSide
 
@@ -38,6 +40,17 @@ class View(Protocol):
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels: ...
 
 
+@runtime_checkable
+class CutView(View, Protocol):
+    """A view that follows from the size of an image alone, so that a device can make it.
+
+    `cut` returns how; `rng` is its only source of randomness. Called on an image, the view makes
+    the same square by Pillow.
+    """
+
+    def cut(self, height: int, width: int, rng: random.Random) -> Cut: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Center:
     """A resize of the image's short side to `short_px`, then the central square of `crop_px`.
@@ -55,11 +68,13 @@ class Center:
         return f"center view {self.short_px}/{self.crop_px} px"
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
+        return _made(self, image, rng)
+
+    def cut(self, height: int, width: int, rng: random.Random) -> Cut:
         # Only the pixels of the crop are resized: the others would be thrown away.
-        size = _resized_size(image, self.short_px)
+        size = _resized_size(height, width, self.short_px)
         corner = _central(size, self.crop_px)
-        crop = crop_resized(image, size, corner, self.crop_px)
-        return np.asarray(crop)
+        return Cut(steps=(square_of_resized(height, width, size, corner, self.crop_px),))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +99,13 @@ class Squash:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
+        return _made(self, image, rng)
+
+    def cut(self, height: int, width: int, rng: random.Random) -> Cut:
         # Two resizes: a single one would give other pixels than the published ones.
-        height, width = _resized_size(image, self.short_px)
-        resized = _resized(image, width, height)
-        side = self.side_px
-        squashed = _resized(resized, side, side)
-        return np.asarray(squashed)
+        size = _resized_size(height, width, self.short_px)
+        square = (self.side_px, self.side_px)
+        return Cut(steps=(whole(height, width, size), whole(*size, square)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,18 +139,18 @@ class RandomResized:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
-        top, left, bottom, right = self.box(
-            image.height,
-            image.width,
-            rng,
+        return _made(self, image, rng)
+
+    def cut(self, height: int, width: int, rng: random.Random) -> Cut:
+        top, left, bottom, right = self.box(height, width, rng)
+        # The box is cut before it is resized, as torchvision does, so that no pixel beyond its
+        # border is read.
+        step = Resampling(
+            within=(top, left, bottom, right),
+            box=(0, 0, bottom - top, right - left),
+            size=(self.crop_px, self.crop_px),
         )
-        # The box is cut before it is resized, as torchvision does. `resize(box=)` would also read
-        # pixels beyond the border of the box.
-        cut = image.crop((left, top, right, bottom))
-        side = self.crop_px
-        resized = _resized(cut, side, side)
-        flipped = _flipped(resized, self.flip, rng)
-        return np.asarray(flipped)
+        return Cut(steps=(step,), mirrored=_is_flipped(self.flip, rng))
 
     def box(self, height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
         """Returns a random box (top, left, bottom, right) in an image of `height` x `width` px."""
@@ -192,17 +208,18 @@ class RandomCrop:
         )
 
     def __call__(self, image: Image.Image, rng: random.Random) -> ViewPixels:
+        return _made(self, image, rng)
+
+    def cut(self, height: int, width: int, rng: random.Random) -> Cut:
         # The corner of the central square, in pixels of the resized image
-        size = _resized_size(image, self.short_px)
+        size = _resized_size(height, width, self.short_px)
         top, left = _central(size, self.short_px)
         # The crop stays within the central square, however long the image is.
         largest_shift = self.short_px - self.crop_px
         top += rng.randint(0, largest_shift)
         left += rng.randint(0, largest_shift)
-        corner = (top, left)
-        crop = crop_resized(image, size, corner, self.crop_px)
-        flipped = _flipped(crop, self.flip, rng)
-        return np.asarray(flipped)
+        step = square_of_resized(height, width, size, (top, left), self.crop_px)
+        return Cut(steps=(step,), mirrored=_is_flipped(self.flip, rng))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,8 +261,9 @@ class RandomSquare:
             (left, top, right, bottom),
             resample=Image.Resampling.BILINEAR,
         )
-        flipped = _flipped(resized, self.flip, rng)
-        return np.asarray(flipped)
+        if _is_flipped(self.flip, rng):
+            resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(resized)
 
     def box(self, height: int, width: int, rng: random.Random) -> tuple[float, ...]:
         """Returns a random square (top, left, bottom, right) in an image of `height` x `width`."""
@@ -284,38 +302,53 @@ class Views(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, sample: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         # The seed travels with the key, so that workers need no state of their own.
-        index, seed = sample
+        index, seed = key
         try:
             image = self.images.read(index)
         except UnreadableImage as error:
             # An evaluation goes on without the image, and reports it.
-            name = self.images.source(index)
-            reasons = {name: str(error)}
+            reasons = self._reasons(index, error)
             return Sample(index=index, pixels=None, unreadable=reasons)
         # A generator of its own for each sample, so that no other sample changes this one.
         rng = random.Random(seed)
         return Sample(index=index, pixels=self.view(image, rng))
 
+    def undecoded(self, key: tuple[int, int]) -> UndecodedSample:
+        """Returns the sample of a key before it is decoded; the view has to be a `CutView`."""
+        index, seed = key
+        try:
+            image = read_undecoded(self.images, index)
+        except UnreadableImage as error:
+            reasons = self._reasons(index, error)
+            return UndecodedSample(index=index, image=None, unreadable=reasons)
+        height, width = size_of(image)
+        view = cast(CutView, self.view)
+        cut = view.cut(height, width, random.Random(seed))
+        return UndecodedSample(index=index, image=image, cut=cut)
 
-def _resized_size(image: Image.Image, short_px: int) -> tuple[int, int]:
+    def _reasons(self, index: int, error: UnreadableImage) -> Reasons:
+        name = self.images.source(index)
+        return {name: str(error)}
+
+
+def _made(view: CutView, image: Image.Image, rng: random.Random) -> ViewPixels:
+    """Returns the square that a view draws of an image."""
+    cut = view.cut(image.height, image.width, rng)
+    return np.asarray(apply(image, cut))
+
+
+def _resized_size(height: int, width: int, short_px: int) -> tuple[int, int]:
     """Returns the height and width of an image whose short side is resized to `short_px`."""
     short_side = ShortSide(px=short_px)
-    return short_side.size(image.height, image.width, 0)
+    return short_side.size(height, width, 0)
 
 
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    size = (width, height)
-    return image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _flipped(image: Image.Image, flip: float, rng: random.Random) -> Image.Image:
-    """Returns the image mirrored left to right with probability `flip`, else unchanged."""
+def _is_flipped(flip: float, rng: random.Random) -> bool:
+    """Returns whether an image is mirrored left to right: true with probability `flip`."""
     # A number is drawn in any case, so that later draws do not depend on `flip`.
-    if rng.random() < flip:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+    return rng.random() < flip
 
 
 def _central(size: tuple[int, int], side_px: int) -> tuple[int, int]:
@@ -332,6 +365,15 @@ def check_view(setting: str, view: object) -> None:
         raise UsageError(
             f"{setting} is {view}: an evaluation sees images in a view, "
             "such as relloc.data.views.Center"
+        )
+
+
+def check_cut_view(setting: str, view: object) -> None:
+    """Raises `UsageError` unless a device can make `view`; `setting` is its name."""
+    if not isinstance(view, CutView):
+        raise UsageError(
+            f"decode=device, but {setting} is {view}, which can't be cut on a device: give "
+            "decode=cpu, or a view that is a relloc.data.views.CutView, such as Center"
         )
 
 

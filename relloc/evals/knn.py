@@ -50,6 +50,7 @@ class Knn(Evaluation):
 
     kind = "frozen"
     labels = "class"
+    may_decode_on_device = True
     version = 1
     across_ranks = True  # the bank is divided
     independent_layers = True

@@ -98,6 +98,7 @@ class LabelFree(Evaluation):
 
     kind = "frozen"
     labels = "none"
+    may_decode_on_device = True
     version = 1
 
     layers: Sequence[str]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from relloc import checks
-from relloc.data.views import View, check_view
+from relloc.data.views import View, check_cut_view, check_view
 from relloc.errors import DataError
 from relloc.evals.heads import HeadSettings, LayerHeads, Sgd
 from relloc.evals.training import (
@@ -40,6 +40,7 @@ class _LinearEvaluation(Evaluation):
 
     kind = "frozen"
     labels = "class"
+    may_decode_on_device = True
     # Raised where numbers of an earlier version would not be equal, so that they are measured
     # again.
     version = 2
@@ -223,6 +224,11 @@ class Linear(_LinearEvaluation):
             raise ValueError(
                 "eval.linear.color needs eval.linear.augment: still views are not colored"
             )
+
+    def check_cut_views(self, setting: str) -> None:
+        super().check_cut_views(setting)
+        if self.augment is not None:
+            check_cut_view(f"{setting}.augment", self.augment)
 
     def run(self, context: Context) -> Iterator[Score]:
         """Yields top1 of each layer, and top1_best and top1_tuned where asked for.

@@ -72,6 +72,7 @@ class Voc07(Evaluation):
 
     kind = "frozen"
     labels = "presence"
+    may_decode_on_device = True
     independent_layers = True
     keeps_features = True  # both evaluations read the same ones
     setting: ClassVar[str]

@@ -20,7 +20,7 @@ from relloc.data.lists import MultiLabeled
 from relloc.data.processes import NamedProgress, without_named_progress
 from relloc.data.shards import ShardImages
 from relloc.data.unusable import unusable_images
-from relloc.data.views import View, check_view
+from relloc.data.views import View, check_cut_view, check_view
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.calibration import calibration_batches
 from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSource, LiveFeatures
@@ -170,6 +170,8 @@ class Evaluation(abc.ABC):
     # Batch norm is recalibrated on as many images at once as `EncodeConfig.batch` has, which then
     # decides numbers. A training of its own samples has a batch of its own.
     calibrates_in_shared_batches: ClassVar[bool] = True
+    # Its images are views that `EncodeConfig` reads, so that they may be decoded on the device.
+    may_decode_on_device: ClassVar[bool] = False
     # The network of the pretext task is loaded too, where the checkpoint has one.
     wants_pretext: ClassVar[bool] = False
     # Nothing can be measured without that network: weights that have none are left out.
@@ -200,6 +202,15 @@ class Evaluation(abc.ABC):
         checks.some_of(f"{setting}.layers", self.layers, LAYERS)
         check_view(f"{setting}.view", self.view)
         checks.whole(f"{setting}.batch", self.batch)
+
+    def check_cut_views(self, setting: str) -> None:
+        """Checks that a device can make the views, if it may decode the images.
+
+        Raises:
+            UsageError: it can't; the message names the view.
+        """
+        if self.may_decode_on_device:
+            check_cut_view(f"{setting}.view", self.view)
 
     def batch_norms(self, of_run: Sequence[str]) -> Sequence[str]:
         """Returns the batch norms, of `BATCH_NORMS`, that it is measured under.
@@ -279,8 +290,11 @@ class NamedEvaluation:
     def encode_config(self, of_run: EncodeConfig) -> EncodeConfig:
         """Returns how the images are read: as the run does it, with the share that may be broken.
 
-        `of_run` has the run's own share, which holds for the run's own images.
+        `of_run` has the run's own share, which holds for the run's own images. Images are decoded
+        on the CPU unless the evaluation says that they may be decoded on the device.
         """
+        if not self.evaluation.may_decode_on_device:
+            of_run = dataclasses.replace(of_run, decode="cpu")
         if self.unreadable_share is None:
             return of_run
         return dataclasses.replace(

@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -124,18 +125,6 @@ def fingerprint(
     leaves out what only decides speed or memory. What is hashed, and in which order, must not
     change: existing results would no longer be recognized.
     """
-    both_splits = (splits.train, splits.held_out)
-    images = []
-    for split in both_splits:
-        # The folder of images without a name may be renamed: their digest says what they are.
-        name = UNNAMED if splits.is_unnamed else split.name
-        images.append((name, split.split, split.digest()))
-    # A digest covers one class per image; what else an image shows is hashed here.
-    if evaluation.labels in ("presence", "own"):
-        for split in both_splits:
-            if isinstance(split, MultiLabeled):
-                images.append(hash_lines(map(str, split.presence())))
-
     # The batch size decides numbers only where batch statistics are estimated, and not where that
     # is done in batches of the evaluation's own.
     calibration = ()
@@ -156,10 +145,29 @@ def fingerprint(
         evaluation.version,
         weights,
         settings.encode_config.precision,
-        images,
+        _facts_of_images(splits, evaluation.labels),
         settings.seed,
     )
+    # Left out for the decoder that results on disk were measured with.
+    if evaluation.may_decode_on_device and settings.encode_config.decoder:
+        facts = (*facts, settings.encode_config.decoder)
     return hash_lines([repr(facts)])
+
+
+def _facts_of_images(splits: Splits, labels: Labels) -> list[Any]:
+    """Returns what identifies the images of both splits and their labels, in a fingerprint."""
+    both_splits = (splits.train, splits.held_out)
+    facts: list[Any] = []
+    for split in both_splits:
+        # The folder of images without a name may be renamed: their digest says what they are.
+        name = UNNAMED if splits.is_unnamed else split.name
+        facts.append((name, split.split, split.digest()))
+    # A digest covers one class per image; what else an image shows is hashed here.
+    if labels in ("presence", "own"):
+        for split in both_splits:
+            if isinstance(split, MultiLabeled):
+                facts.append(hash_lines(map(str, split.presence())))
+    return facts
 
 
 def _asks_pretext(evaluation: Evaluation, batch_norm: str, settings: EvalSettings) -> bool:
@@ -204,6 +212,7 @@ def _group_key(part: EvalPart) -> tuple[str, ...]:
         str(part.named.unreadable_share),
         repr(evaluation.view),
         evaluation.labels,
+        str(evaluation.may_decode_on_device),
     )
 
 
@@ -375,6 +384,9 @@ def _to_result(
     # The details are about the backbone, under the part's batch norm.
     if measured["batch_norm"] == part.batch_norm:
         measured["details"] = (*score.details, *details)
+    decoder = settings.encode_config.decoder
+    if decoder:
+        measured["details"] = (*measured["details"], f"JPEGs decoded by {decoder}")
     return Result(
         **measured,
         eval=part.named.name,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from relloc.data.device_decoding import load_to_device
 from relloc.data.image_set import ImageSet
 from relloc.data.loader import ImageBatch, Unreadable, load
 from relloc.data.readers import never
@@ -126,6 +127,8 @@ class EncodeConfig:
         workers: processes that read images.
         device: where networks compute.
         precision: "fp32", "tf32" or "bf16".
+        decode: "cpu" to decode images and make views in the processes that read them, "device" to
+            do so on `device`. The latter takes views that are a `CutView`.
         unreadable_share: share of images that may be unreadable before the run ends.
         share_setting: the setting by which a user sets `unreadable_share`, for messages.
         progress: shows how far reading has come.
@@ -143,12 +146,20 @@ class EncodeConfig:
     device: torch.device
     precision: str
     unreadable_share: float
+    decode: str = "cpu"
     share_setting: str = "data.unreadable_share"
     progress: ProgressBar = no_progress
     encode: EncodeFunction = encode
     compile: Callable[[Any], Any] = _not_compiled
     stopping: Callable[[], bool] = never
     note_unreadable: Callable[[dict[str, str]], None] = _note_nothing
+
+    @property
+    def decoder(self) -> str:
+        """The decoder of JPEGs that enters results, or "" for libjpeg, on the CPU."""
+        # torchvision's decoder on a CPU is libjpeg too.
+        is_nvjpeg = self.decode == "device" and self.device.type == "cuda"
+        return "nvJPEG" if is_nvjpeg else ""
 
     @property
     def bf16(self) -> bool:
@@ -215,8 +226,17 @@ class EncodeConfig:
         view: View,
         batches: Iterable[list[SeededIndex]],
     ) -> Iterator[ImageBatch]:
+        views = Views(images, view)
+        if self.decode == "device":
+            return load_to_device(
+                views,
+                batches,
+                workers=self.workers,
+                device=self.device,
+                stopping=self.stopping,
+            )
         return load(
-            Views(images, view),
+            views,
             batches,
             workers=self.workers,
             # From page-locked memory copies to a GPU run beside computation.

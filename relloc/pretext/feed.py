@@ -26,10 +26,10 @@ class Feed:
     """An iterable of the images of each forward, in order, on the device that trains.
 
     A forward is `batches_per_forward` full batches of the loader, joined. With a GPU the next
-    forward is copied there while the present one is computed.
+    forward is copied there while the present one is computed, unless it was decoded there.
 
     Args:
-        batches: the loader's batches in the host's memory.
+        batches: the loader's batches, in the host's memory or on the device.
         unreadable: counts the images that can't be read.
         images_per_batch: number of images of a full batch.
         batches_per_forward: how many batches are joined.
@@ -71,6 +71,10 @@ class Feed:
             with torch.cuda.stream(copying):
                 copies = [pixels.to(self.device, non_blocking=True) for pixels in batches]
                 images = _joined(copies)
+            for pixels in batches:
+                # Batches that were decoded here are freed before this stream has joined them.
+                if pixels.is_cuda:
+                    pixels.record_stream(copying)
             # The forward begins after the copy, and the memory is not reused before the forward
             # ended.
             computing.wait_stream(copying)

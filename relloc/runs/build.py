@@ -44,7 +44,7 @@ from relloc.runs.data_sets import DataSet
 from relloc.runs.engine import EngineSettings
 from relloc.runs.instantiation import call
 from relloc.runs.renamed import refuse_old_names
-from relloc.runs.run_settings import ChosenEvaluation
+from relloc.runs.run_settings import DECODES, ChosenEvaluation
 from relloc.runs.settings import EVALUATION_GROUPS, conf_dir, plain, resolved
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
@@ -216,6 +216,8 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         "evaluations": chosen,
         "view": Center(short_px=view["short_px"], crop_px=view["crop_px"]),
         "view_batch": view["batch"],
+        # A run's own config.yaml, which an earlier version wrote, has no such setting.
+        "decode": given.get("decode", DECODES[0]),
         "batch_norms": [batch_norm] if isinstance(batch_norm, str) else batch_norm,
         "strides": [strides] if isinstance(strides, str) else strides,
         "reused_runs": Path(given["runs"]) if given["reuse"] else None,

@@ -209,6 +209,7 @@ class Evaluating(RunSettings):
         if PERSON in self.checkpoints:
             self._check_person()
         self._refuse_unused_view()
+        self._refuse_unused_decoding()
 
     def _check_watch(self, watch: WatchSettings) -> None:
         """Raises `UsageError` for settings that mean nothing where trainings are watched."""
@@ -260,6 +261,16 @@ class Evaluating(RunSettings):
                 f"{' '.join(unused)} would change nothing of {group}={listed}, which has settings "
                 f"of its own, such as those of {own}.view and {own}.batch: give these (--help "
                 f"{group}={names[0]} lists them), or leave it out"
+            )
+
+    def _refuse_unused_decoding(self) -> None:
+        """Raises `UsageError` for decode=device where no evaluation decodes on the device."""
+        may_decode = any(one.evaluation.may_decode_on_device for one in self.evaluations)
+        if self.decode == "device" and not may_decode:
+            names = ", ".join(one.name for one in self.evaluations)
+            raise UsageError(
+                f"decode=device would change nothing of {names}, whose images are always decoded "
+                "on the cpu: leave it out"
             )
 
     def check_paths(self, made_by_jobs: Sequence[str]) -> None:

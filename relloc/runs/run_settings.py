@@ -17,6 +17,8 @@ from relloc.runs.data_sets import DATA_PAGE, DataSet
 from relloc.runs.engine import Engine, EngineSettings
 from relloc.terminal import quantity
 
+# Where images are decoded: by the processes that read them, or on the device that computes
+DECODES = ("cpu", "device")
 # What may become of an evaluation whose data set is not there
 MISSING_DATA = ("error", "skip")
 
@@ -41,10 +43,12 @@ class RunSettings:
     """The settings that pretraining and evaluating share.
 
     `view` crops and resizes whole images, of which `view_batch` are encoded at once. Results of
-    other runs in the folder `reused_runs` are used again. `missing_data` says what becomes of an
-    evaluation whose data set is not there: "error" ends the run, "skip" leaves the evaluation out.
-    With `report` the run ends in the report of its results beside the published ones. `batch_norms`
-    and `strides` say in which statistics and which strides a network is evaluated.
+    other runs in the folder `reused_runs` are used again. `decode` says where images are decoded:
+    by the processes that read them ("cpu"), or on the device that computes. `missing_data` says
+    what becomes of an evaluation whose data set is not there: "error" ends the run, "skip" leaves
+    the evaluation out. With `report` the run ends in the report of its results beside the
+    published ones. `batch_norms` and `strides` say in which statistics and which strides a network
+    is evaluated.
     """
 
     seed: int
@@ -53,6 +57,7 @@ class RunSettings:
     evaluations: Sequence[ChosenEvaluation]
     view: Center
     view_batch: int
+    decode: str
     batch_norms: Sequence[str]
     strides: Sequence[str]
     calibration_images: int
@@ -66,6 +71,10 @@ class RunSettings:
         checks.whole("seed", self.seed, at_least=0)
         checks.one_of("missing_data", self.missing_data, MISSING_DATA)
         checks.whole("view.batch", self.view_batch)
+        checks.one_of("decode", self.decode, DECODES)
+        if self.decode == "device":
+            for chosen in self.evaluations:
+                chosen.evaluation.check_cut_views(f"{chosen.group}.{chosen.name}")
         checks.some_of("batch_norm", self.batch_norms, BATCH_NORMS)
         checks.some_of("strides", self.strides, STRIDES)
         checks.whole("calibration_images", self.calibration_images)
@@ -128,6 +137,7 @@ class RunSettings:
             device=engine.device,
             precision=engine.precision,
             unreadable_share=self.data.unreadable_share,
+            decode=self.decode,
             encode=engine.compile(encode),
             compile=engine.compile_training,
         )

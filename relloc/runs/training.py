@@ -15,6 +15,7 @@ import torch
 from relloc import ranks
 from relloc.checkpoints import states
 from relloc.data.crops import Crops
+from relloc.data.device_decoding import load_to_device
 from relloc.data.image_set import Splits
 from relloc.data.loader import Unreadable
 from relloc.data.order import StepPlan, StepSampler
@@ -182,19 +183,29 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
     sampler = StepSampler(
         plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()
     )
-    # Loader processes write into slots, parts of shared memory that are used again and again. As
-    # many are held back as there are batches in forwards that the device has not finished yet.
-    loaded = load_in_slots(
-        crops,
-        sampler,
-        workers=training.engine.workers,
-        pin=device.type == "cuda",
-        images=plan.images_per_batch_norm,
-        side_px=grid.span_px,
-        batches_held=HELD_FORWARDS * plan.ghosts_per_forward,
-        print_message=console.print_message,
-        stopping=lambda: bool(training.stop),
-    )
+    if training.settings.decode == "device":
+        loaded = load_to_device(
+            crops,
+            sampler,
+            workers=training.engine.workers,
+            device=device,
+            print_message=console.print_message,
+            stopping=lambda: bool(training.stop),
+        )
+    else:
+        # Loader processes write into slots, parts of shared memory that are used again and again.
+        # As many are held back as there are batches in forwards that the device has not finished.
+        loaded = load_in_slots(
+            crops,
+            sampler,
+            workers=training.engine.workers,
+            pin=device.type == "cuda",
+            images=plan.images_per_batch_norm,
+            side_px=grid.span_px,
+            batches_held=HELD_FORWARDS * plan.ghosts_per_forward,
+            print_message=console.print_message,
+            stopping=lambda: bool(training.stop),
+        )
     return Feed(
         loaded,
         unreadable,

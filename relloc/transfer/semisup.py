@@ -19,7 +19,7 @@ from relloc import checks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.loader import ImageBatch
 from relloc.data.subsets import Subset, evenly_spaced, list_names, listed, stratified
-from relloc.data.views import View, check_view
+from relloc.data.views import View, check_cut_view, check_view
 from relloc.errors import DataError
 from relloc.evaluation import schedule
 from relloc.evaluation.contract import BATCH_NORMS, Context, Evaluation
@@ -83,6 +83,7 @@ class SemiSupervised(Evaluation):
 
     kind = "fine-tuned"
     labels = "class"
+    may_decode_on_device = True
     version = 2
     across_ranks = True
     tests_in_shared_batches = True
@@ -132,6 +133,10 @@ class SemiSupervised(Evaluation):
         for rate, multiplier in itertools.product(self.learning_rates, self.head_multipliers):
             settings.append(Rates(learning_rate=rate, head_multiplier=multiplier))
         return settings
+
+    def check_cut_views(self, setting: str) -> None:
+        super().check_cut_views(setting)
+        check_cut_view(f"{setting}.augment", self.augment)
 
     def batch_norms(self, of_run: Sequence[str]) -> Sequence[str]:
         return [self.batch_norm] if isinstance(self.batch_norm, str) else self.batch_norm

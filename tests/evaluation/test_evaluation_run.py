@@ -93,7 +93,7 @@ def settings(**changes: object) -> EvalSettings:
     encode_config = {"batch": 8, "workers": 0, "device": CPU, "precision": "fp32"}
     encode_config |= {"unreadable_share": 0.5} | {
         name: changes.pop(name)
-        for name in ("batch", "progress", "precision", "note_unreadable")
+        for name in ("batch", "progress", "precision", "note_unreadable", "decode", "device")
         if name in changes
     }
     settings = {"batch_norms": ["as_trained"], "calibration_images": 20, "bank_gib": 1.0, "seed": 3}
@@ -550,6 +550,38 @@ def test_a_fingerprint_changes_with_all_that_decides_the_numbers_and_with_nothin
     assert of_batches[0] == of_batches[1] != before
     moved = dataclasses.replace(model, checkpoint="/elsewhere/backbone.safetensors")
     assert usual == fingerprint(evaluation, moved, splits, settings(), "as_trained")
+
+
+def test_only_another_decoder_is_another_fingerprint(
+    model: EvaluatedModel, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(decode: str, device: str) -> str:
+        given = settings(decode=decode, device=torch.device(device))
+        return fingerprint(EVALUATIONS["knn"], model, splits, given, "as_trained")
+
+    usual = fingerprint(EVALUATIONS["knn"], model, splits, settings(), "as_trained")
+    assert usual == of("cpu", "cuda") == of("device", "cpu")
+    assert usual != of("device", "cuda")
+    # An evaluation that decodes on the CPU in any case
+    monkeypatch.setattr(Knn, "may_decode_on_device", False)
+    assert usual == of("device", "cuda")
+
+
+def test_rows_name_another_decoder_and_are_equal_with_the_same_one(
+    model: EvaluatedModel, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = rows_of(model, splits, settings())
+    given = settings(decode="device")
+    assert rows_of(model, splits, given) == usual
+    seen = []
+    peek = {"peek": Peek(look=lambda context: seen.append(context.encode_config.decode))}
+    rows_of(model, splits, given, peek)
+    assert seen == ["cpu", "cpu"]  # as it does not say that it may decode elsewhere
+    monkeypatch.setattr(EncodeConfig, "decoder", "nvJPEG")
+    for row, before in zip(rows_of(model, splits, given), usual, strict=True):
+        assert any("nvJPEG" in detail for detail in row.details)
+        assert row.fingerprint != before.fingerprint
+        assert row.value == before.value
 
 
 def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_one(

@@ -228,6 +228,40 @@ VARIABLES = (
 )
 
 
+VIEWS = "relloc.data.views"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval=knn", "decode=gpu"], "decode is gpu"),
+        (["eval=voc0712_detection", "decode=device"], "decode=device .*voc0712_detection"),
+        (
+            [
+                "eval=linear",
+                "eval.linear.augment._target_=relloc.data.views.RandomSquare",
+                "decode=device",
+            ],
+            r"decode=device.*eval\.linear\.augment",
+        ),
+    ],
+)
+def test_decoding_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setenv("RELLOC_VOC", "/data")
+    with pytest.raises(UsageError, match=message):
+        build.evaluating(composed("evaluate", "checkpoint=random", *words))
+
+
+def test_decoding_on_the_device_is_taken_where_one_evaluation_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RELLOC_VOC", "/data")
+    words = ["checkpoint=random", "eval=[knn,voc0712_detection]", "decode=device"]
+    assert build.evaluating(composed("evaluate", *words)).decode == "device"
+
+
 @pytest.mark.parametrize(
     ("evaluations", "words", "unused"),
     [

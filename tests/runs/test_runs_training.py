@@ -103,6 +103,21 @@ def test_stopped_after_each_step_it_ends_as_if_never_stopped(
     assert done.step == whole.task.steps
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoded_on_a_cpu_as_device_it_ends_with_the_same_weights(
+    settings: Pretraining, data: Splits, tmp_path: Path, stop: StopRequest, workers: int
+) -> None:
+    usual = prepared(settings, data, tmp_path, stop)
+    train_to_the_end(usual, usual.task.start(), None)
+    engine = dataclasses.replace(settings.engine, workers=workers)
+    given = dataclasses.replace(settings, decode="device", engine=engine)
+    run = prepared(given, data, tmp_path, stop)
+    train_to_the_end(run, run.task.start(), None)
+    expected = usual.task.model.state_dict()
+    found = run.task.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_training_that_diverges_says_what_was_saved_and_what_to_try(
     settings: Pretraining,
     data: Splits,
