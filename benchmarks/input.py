@@ -1,9 +1,9 @@
 """Images/s from files on disk to uint8 batches on the device, by the path of training.
 
-Original files beside shards of the same images, packed as JPEGs and as pixels, by the number of
-workers; and decoding alone. "a core" is by the processor seconds used, which other work on the
-same cores changes little. Files are read several times, so that they come from the page cache: the
-disk is not measured.
+Original files beside shards of the same images, packed as JPEGs and as pixels, decoded by worker
+processes and on the device, by the number of workers; and decoding alone. "a core" is by the
+processor seconds used, which other work on the same cores changes little. Files are read several
+times, so that they come from the page cache: the disk is not measured.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.crops import Crops
+from relloc.data.device_decoding import load_to_device
 from relloc.data.folder import FolderImages, folder
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.loader import Unreadable
@@ -36,6 +37,7 @@ from relloc.data.shards import shards
 from relloc.data.slots import load_in_slots
 from relloc.geometry import PatchGrid, ShortSide
 from relloc.pretext.feed import HELD_FORWARDS, Feed
+from relloc.runs.run_settings import DECODES
 from relloc.seeds import Use
 
 GRID = PatchGrid(
@@ -80,29 +82,32 @@ def main() -> None:
 
 
 def training_rates(
-    images: ImageSet, *, workers: int, n_images: int, device: torch.device
+    images: ImageSet, *, workers: int, n_images: int, device: torch.device, decode: str = "cpu"
 ) -> tuple[float, float]:
     """Images/s of one loader by the clock, and by the processor seconds it takes.
 
-    The processor seconds are those of this process and its workers. By the clock, each worker's
-    first batch, with its start, is not counted.
+    `decode` is the setting of that name. The processor seconds are those of this process and its
+    workers. By the clock, each worker's first batch, with its start, is not counted.
     """
     n_batches, started_after = n_images // BATCH, max(1, workers)
     places = range((n_batches + started_after) * BATCH)
     samples = [(place % len(images), place // len(images)) for place in places]
     batches = [samples[start : start + BATCH] for start in places[::BATCH]]
     crops = Crops(images, GRID, use=Use.CROP, seed=0, centered=False)
-    cpu_before = _cpu_s()
-    loaded = load_in_slots(
-        crops,
-        batches,
-        workers=workers,
-        pin=device.type == "cuda",
-        images=BATCH,
-        side_px=GRID.span_px,
-        batches_held=HELD_FORWARDS,
-        print_message=print,
-    )
+    cpu_before = cpu_s()
+    if decode == "device":
+        loaded = load_to_device(crops, batches, workers=workers, device=device)
+    else:
+        loaded = load_in_slots(
+            crops,
+            batches,
+            workers=workers,
+            pin=device.type == "cuda",
+            images=BATCH,
+            side_px=GRID.span_px,
+            batches_held=HELD_FORWARDS,
+            print_message=print,
+        )
     unreadable = Unreadable(n_images=len(images), most_share=1)
     feed = iter(
         Feed(loaded, unreadable, images_per_batch=BATCH, batches_per_forward=1, device=device)
@@ -113,10 +118,10 @@ def training_rates(
     given = sum(len(forward) for forward in feed)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return given / (time.perf_counter() - started), len(places) / (_cpu_s() - cpu_before)
+    return given / (time.perf_counter() - started), len(places) / (cpu_s() - cpu_before)
 
 
-def _cpu_s() -> float:
+def cpu_s() -> float:
     """Processor seconds of this process and of those that it started and that have ended."""
     used = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
@@ -126,15 +131,17 @@ def _loading(
     sides: dict[str, ImageSet], workers: int, device: torch.device, asked: argparse.Namespace
 ) -> list[Row]:
     n_images = asked.images * max(1, workers)
-    rates: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    for _, (side, images) in itertools.product(range(asked.rounds), sides.items()):
-        rates[side].append(
-            training_rates(images, workers=workers, n_images=n_images, device=device)
+    rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _, (side, images), decode in itertools.product(range(asked.rounds), sides.items(), DECODES):
+        found = training_rates(
+            images, workers=workers, n_images=n_images, device=device, decode=decode
         )
+        rates.setdefault((side, decode), []).append(found)
     rows = []
-    for side, found in rates.items():
+    for (side, decode), found in rates.items():
         by_clock, by_cpu = map(statistics.median, zip(*found, strict=True))
-        rows.append(_row(side, f"loaded for training, to {device.type}", by_clock, by_cpu, workers))
+        what = f"loaded for training, to {device.type}, decode={decode}"
+        rows.append(_row(side, what, by_clock, by_cpu, workers) | {"decode": decode})
     return rows
 
 
@@ -160,9 +167,9 @@ def _decoding(
 
 
 def _decoding_rates(decode: Callable[[], object], n_images: int) -> tuple[float, float]:
-    cpu_before = _cpu_s()
+    cpu_before = cpu_s()
     seconds = report.once_s(decode, torch.device("cpu"))
-    return n_images / seconds, n_images / (_cpu_s() - cpu_before)
+    return n_images / seconds, n_images / (cpu_s() - cpu_before)
 
 
 def _gpu_decoding(
@@ -202,7 +209,11 @@ def _row(
 
 
 def _ratios(rows: list[Row], asked: argparse.Namespace) -> dict[str, float]:
-    loaded = {(row["source"], row["workers"]): row for row in rows if row["workers"] is not None}
+    loaded = {
+        (row["source"], row["workers"], row["decode"]): row
+        for row in rows
+        if row["workers"] is not None
+    }
     pairs = (
         ("JPEG shards", "original files"),
         ("pixel shards", "original files"),
@@ -212,8 +223,15 @@ def _ratios(rows: list[Row], asked: argparse.Namespace) -> dict[str, float]:
     for side, other in pairs:
         for workers in asked.workers:
             for by in ("images/s", "a core"):
-                ratio = loaded[side, workers][by] / loaded[other, workers][by]
+                ratio = loaded[side, workers, "cpu"][by] / loaded[other, workers, "cpu"][by]
                 ratios[f"{side} to {other}, {workers} workers, {by}"] = ratio
+    for source, workers, decode in loaded:
+        if decode == "device":
+            ratio = (
+                loaded[source, workers, "device"]["images/s"]
+                / loaded[source, workers, "cpu"]["images/s"]
+            )
+            ratios[f"decode=device to cpu, {source}, {workers} workers, images/s"] = ratio
     return ratios
 
 

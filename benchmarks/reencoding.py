@@ -42,7 +42,7 @@ def main() -> None:
     ]
     if [len(source) for source in sources] != [len(sources[0])] * 2:
         raise UsageError(f"{options.shards} holds other images than {options.root}")
-    model, patches = _network(options.run)
+    model, patches = network_of(options.run)
     crops = [
         _pixels(Crops(source, patches.grid, use=Use.CROP, seed=0, centered=False))
         for source in sources
@@ -50,16 +50,17 @@ def main() -> None:
     views = [_pixels(Views(source, Center(short_px=256, crop_px=224))) for source in sources]
     off = (crops[0].float() - crops[1].float()).abs()
     rows = [
-        _asked(model, patches, pixels, name)
+        asked(model, patches, pixels, name)
         for name, pixels in zip(("files", "shards"), crops, strict=True)
     ]
-    turned = _turned(model, *views)
+    turned = turned_by(model, *views)
     rows.append({"source": "difference", "gray levels": off.mean().item()})
     rows += [{"source": f"1 - cosine, {layer}", "value": value} for layer, value in turned.items()]
     tell("re-encoding", rows, {}, options.json, settings=vars(options))
 
 
-def _network(run: str) -> tuple[RelativeLocation, PatchPipeline]:
+def network_of(run: str) -> tuple[RelativeLocation, PatchPipeline]:
+    """Returns the network of a finished pretraining, and how its patches are made."""
     file = Path(run) / "config.yaml"
     config = OmegaConf.load(file)
     if not isinstance(config, DictConfig):
@@ -78,12 +79,13 @@ def _pixels(samples: Crops | Views) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _asked(
+def asked(
     model: RelativeLocation,
     patches: PatchPipeline,
     pixels: torch.Tensor,
     name: str,
 ) -> dict[str, object]:
+    """Returns a row with the pretext loss and accuracy of a network on crops."""
     generator, questions = torch.Generator().manual_seed(0), model.questions
     outputs, truths = [], []
     for images in pixels.split(BATCH):
@@ -101,7 +103,8 @@ def _asked(
 
 
 @torch.no_grad()
-def _turned(model: RelativeLocation, one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
+def turned_by(model: RelativeLocation, one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
+    """Returns one minus the cosine of features of two versions of views, by layer."""
     sums = dict.fromkeys(LAYERS, 0.0)
     for pair in zip(one.split(BATCH), other.split(BATCH), strict=True):
         features = [
