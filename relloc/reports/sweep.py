@@ -31,7 +31,7 @@ _SEED = "seed"
 _RESULT_FIELDS = [field.name for field in dataclasses.fields(Result)]
 _ANY = ""  # in place of a setting, for results that do not depend on it
 # Settings that the title or the weights of a table name already
-_NAMED_BY_TABLE = ("eval", "checkpoint", "batch_norm")
+_NAMED_BY_TABLE = ("eval", "checkpoint", "batch_norm", "strides")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,7 +267,8 @@ def _described(row: Result, kind: str) -> dict[str, Any]:
     """Returns the columns of a result; `kind` is the command of its point, train or evaluate."""
     recalibrated = "_recalibrated" if row.batch_norm == "recalibrated" else ""
     unit = "" if row.unit == "%" else f", {row.unit}"
-    metric = f"{row.eval}{recalibrated}/{row.metric}"
+    strides = f"_strides_{row.strides}" if row.strides else ""
+    metric = f"{row.eval}{recalibrated}{strides}/{row.metric}"
     # Each point of a training sweep has weights of its own: they share a name, so that they compare
     is_own = kind == "train" and row.checkpoint not in REFERENCE_MODELS
     described = {

@@ -327,6 +327,17 @@ def test_evaluated_files_are_told_by_their_names_and_random_weights_by_setting_w
     ]
 
 
+def test_both_strides_of_a_network_have_tables_of_their_own(new_point: NewPoint, result) -> None:
+    ours = {"checkpoint": "x/backbone.safetensors"}
+    standard = result("knn", "feature5", "top1_k20", 54.6, **ours)
+    own = result("knn", "feature5", "top1_k20", 59.8, **ours, strides="as_trained")
+    made = [new_point(standard, own, **{"model.backbone.last_stride": 1})]
+    text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
+    for name, value in (("knn_in1k", "54.6"), ("knn_in1k_strides_as_trained", "59.8")):
+        [_, line] = tables(text, f"{name}/top1_k20 on in1k val")
+        assert value in line
+
+
 def test_of_random_weights_alone_there_is_a_table_and_no_picture(
     new_point: NewPoint, result, note, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
