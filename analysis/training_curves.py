@@ -40,7 +40,7 @@ use_style()
 curves = load_curves()
 names, looks = named_lines(curves)
 measured = curves["metric"].unique()
-CHANCE = 12.5  # percent, of eight positions
+CHANCE = 12.5  # percent, of the eight positions around the center
 neighbors = [name for name in measured if name.startswith("monitor/knn/feature4/")]
 PANELS = {
     "train/loss": "pretext loss (nats)",
@@ -96,9 +96,9 @@ for axis, metric in zip(axes, metrics, strict=True):
                 x, by_step["min"], by_step["max"], color=look["color"], alpha=0.12, linewidth=0
             )
     if "pretext/top1" in metric or metric == "train/top1":
-        mark_chance(axis, CHANCE, f"chance, {CHANCE} %")
+        mark_chance(axis, CHANCE, f"chance of pairs with the center, {CHANCE} %")
     if metric == "train/loss":
-        mark_chance(axis, float(np.log(8)), "chance, log 8")
+        mark_chance(axis, float(np.log(8)), "chance of pairs with the center, log 8")
     axis.set(ylabel=PANELS[metric], xlabel=X_LABELS[x_axis])
 legend_below(figure, axes)
 for file in save(figure, figures_folder(), "training_curves"):

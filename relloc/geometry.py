@@ -1,9 +1,9 @@
-"""Geometry of the 3x3 patch grid, in whole pixels: plain Python, without tensors or randomness.
+"""Geometry of the patch grid, in whole pixels: plain Python, without tensors or randomness.
 
 Conventions used everywhere: the axis order is batch, channel, row, column; pairs are
-(row, column); boxes are half-open (top, left, bottom, right). The nine cells of a grid are numbered
-row by row from 0; cell 4 is the center. The label of a neighbor, 0 to 7, is its position among the
-other eight cells in that order: this is the class that the network predicts.
+(row, column); boxes are half-open (top, left, bottom, right). The cells of a grid are numbered row
+by row from 0. Of the 3x3 grid cell 4 is the center. The label of a neighbor, 0 to 7, is its
+position among the other eight cells in that order: this is the class that the network predicts.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from relloc.errors import UsageError
 from relloc.neutral import repr_without_defaults
 
 Pair = tuple[int, int]  # (row, column), (height, width) or (low, high), in pixels
+# Of the 3x3 grid, about whose center all networks are asked
 CELLS = 9
 CENTER = 4
 NEIGHBORS = (0, 1, 2, 3, 5, 6, 7, 8)  # the cell of each label
@@ -167,7 +168,7 @@ class Area:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchGrid:
-    """Nine square patches in a 3x3 grid, each displaced on its own by random jitter.
+    """Square patches in a grid, nine in 3x3 by default, each displaced on its own by random jitter.
 
     Args:
         patch_px: side of a patch.
@@ -182,6 +183,7 @@ class PatchGrid:
             A patch is then cut as a larger or smaller square around the same center, and resized to
             `patch_px`. The gap is that between the largest such squares. None enlarges nothing.
         yoked_scale: whether all patches of an image are enlarged by the same factor.
+        rows: number of rows of the grid, and of columns.
 
     Example:
         >>> grid = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
@@ -199,6 +201,7 @@ class PatchGrid:
     yoked_jitter: bool = False
     scale: Sequence[float] | None = None
     yoked_scale: bool = False
+    rows: int = 3
 
     def __repr__(self) -> str:
         return repr_without_defaults(self)
@@ -209,6 +212,7 @@ class PatchGrid:
 
     def __post_init__(self) -> None:
         checks.whole("grid.patch_px", self.patch_px)
+        checks.whole("grid.rows", self.rows, at_least=2)
         checks.true_or_false("grid.yoked_jitter", self.yoked_jitter)
         self._check_scale()
         # A negative gap would make patches overlap, and shared pixels give the answer away.
@@ -239,7 +243,8 @@ class PatchGrid:
         # 0 means no bound: `resized` then enlarges each image that is too small.
         if 0 < shortest < self.span_px:
             parts = (
-                f"3 x {self.cell_px} px patches + 2 x {self.gap_px} px gaps + "
+                f"{self.rows} x {self.cell_px} px patches + {self.rows - 1} x {self.gap_px} px "
+                "gaps + "
                 f"{self.jitter_width} px of jitter"
             )
             raise UsageError(
@@ -247,6 +252,11 @@ class PatchGrid:
                 f"but images are resized to a side of {shortest} px: "
                 f"set grid.resize.px to {self.span_px} or more, or make the grid smaller"
             )
+
+    @property
+    def cells(self) -> int:
+        """The number of patches of an image."""
+        return self.rows**2
 
     @property
     def jitter_range(self) -> Pair:
@@ -276,12 +286,12 @@ class PatchGrid:
     @property
     def span_px(self) -> int:
         """The side of a crop: it holds the grid wherever the jitter moves its patches."""
-        patches_and_gaps = 3 * self.cell_px + 2 * self.gap_px
+        patches_and_gaps = self.rows * self.cell_px + (self.rows - 1) * self.gap_px
         return patches_and_gaps + self.jitter_width
 
     def lowest_corner(self, cell: int) -> Pair:
         """Returns a cell's top left corner (row, column) at the smallest displacement."""
-        row, column = divmod(cell, 3)
+        row, column = divmod(cell, self.rows)
         return row * self.pitch_px, column * self.pitch_px
 
     def resized(self, height: int, width: int, u: float) -> Pair:

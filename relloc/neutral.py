@@ -68,6 +68,8 @@ _OBSERVATION = {
 # With that value they are left out, so that earlier trainings and points are still recognized. The
 # names also stand for those of groups within others, such as study.human.grid.yoked_jitter.
 _LATER: dict[str, Any] = {
+    "pairs": {"_target_": "relloc.pretext.questions.CenterPairs"},
+    "grid.rows": 3,
     "grid.yoked_jitter": False,
     "grid.scale": None,
     "grid.yoked_scale": False,
@@ -151,6 +153,12 @@ def without_later(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _is_as_before(name: str, value: Any) -> bool:
     """Returns whether a later setting has the value at which a run is as it was without it."""
     for later, value_before in _LATER.items():
-        if f".{name}".endswith(f".{later}"):
-            return value == value_before
+        values_before = {later: value_before}
+        # Settings of a group may also come one by one.
+        if isinstance(value_before, Mapping):
+            for key, of_key in value_before.items():
+                values_before[f"{later}.{key}"] = of_key
+        for name_before, before in values_before.items():
+            if f".{name}".endswith(f".{name_before}"):
+                return value == before
     return False

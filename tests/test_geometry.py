@@ -266,3 +266,15 @@ def test_a_grid_with_lists_for_settings_is_hashable() -> None:
     settings = {"patch_px": 8, "gap_px": 2, "resize": None}
     one, same = (PatchGrid(jitter_px=[0, 1], scale=[1.0, 1.5], **settings) for _ in range(2))
     assert len({one, same, PatchGrid(jitter_px=1, **settings)}) == 2
+
+
+def test_a_grid_of_four_rows_has_sixteen_cells() -> None:
+    grid = PatchGrid(patch_px=10, gap_px=3, jitter_px=2, resize=None, rows=4)
+    assert grid.cells == 16
+    assert grid.span_px == 4 * 10 + 3 * 3 + 4
+    assert [grid.lowest_corner(cell) for cell in (0, 3, 4, 15)] == [
+        (0, 0),
+        (0, 39),
+        (13, 0),
+        (39, 39),
+    ]

@@ -79,6 +79,16 @@ def test_later_settings_count_only_where_they_change_something(group: str) -> No
     assert neutral.settings_of_run({"watch": "a"}) == {"watch": "a"}
 
 
+def test_a_run_that_asks_about_the_center_is_as_before_other_pairs_existed() -> None:
+    center = {"_target_": "relloc.pretext.questions.CenterPairs"}
+    adjacent = {"_target_": "relloc.pretext.questions.AdjacentPairs"}
+    assert settings.compose("train").config.pairs == center
+    assert neutral.settings_of_run({"seed": 1, "pairs": center}) == {"seed": 1}
+    assert neutral.settings_of_weights({"pairs._target_": center["_target_"]}) == {}
+    assert neutral.settings_of_run({"pairs": adjacent}) == {"pairs": adjacent}
+    assert neutral.settings_of_weights({"pairs._target_": adjacent["_target_"]}) != {}
+
+
 def test_texts_of_fingerprints_are_as_before_until_a_later_field_is_set() -> None:
     before = "PatchGrid(patch_px=8, gap_px=3, jitter_px=1, resize=ShortSide(px=40))"
     grid = PatchGrid(patch_px=8, gap_px=3, jitter_px=1, resize=ShortSide(px=40))

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from relloc.files import writing
-from relloc.geometry import CENTER, PatchGrid
+from relloc.geometry import CELLS, CENTER, PatchGrid
 from relloc.patches.pipeline import PatchPipeline
 from relloc.seeds import Use, seed_for
 
@@ -72,10 +72,12 @@ def draw_patches(
     plt.close(figure)
 
 
-def _draw_boxes(axis: Axes, tops_lefts: Float[Tensor, "9 2"], sides: Num[Tensor, "9"]) -> None:
+def _draw_boxes(
+    axis: Axes, tops_lefts: Float[Tensor, "cells 2"], sides: Num[Tensor, "cells"]
+) -> None:
     boxes = zip(tops_lefts.tolist(), sides.tolist(), strict=True)
     for cell, ((top, left), side) in enumerate(boxes):
-        color = "red" if cell == CENTER else "white"
+        color = "red" if cell == CENTER and len(tops_lefts) == CELLS else "white"
         box = Rectangle(
             (left, top),
             width=side,
@@ -88,7 +90,7 @@ def _draw_boxes(axis: Axes, tops_lefts: Float[Tensor, "9 2"], sides: Num[Tensor,
 
 
 def _mosaic(
-    patches: Float[Tensor, "9 3 p p"], corners: Int[Tensor, "9 2"], grid: PatchGrid
+    patches: Float[Tensor, "cells 3 p p"], corners: Int[Tensor, "cells 2"], grid: PatchGrid
 ) -> Float[Tensor, "span span 3"]:
     """Puts the patches of an image at their corners on a white canvas, stretched to 0..1.
 

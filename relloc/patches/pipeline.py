@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from relloc.geometry import CELLS, PatchGrid
+from relloc.geometry import PatchGrid
 from relloc.neutral import repr_without_defaults
 from relloc.patches.aperture import Aperture
 from relloc.patches.chroma_blur import ChromaBlur
@@ -18,7 +18,7 @@ from relloc.patches.rotation import QuarterTurns
 from relloc.patches.sample import sample_places
 
 Images = UInt8[Tensor, "b 3 s s"]  # s: the grid's span_px
-Patches = Float[Tensor, "b 9 3 p p"]  # in the grid's row-by-row order
+Patches = Float[Tensor, "b cells 3 p p"]  # in the grid's row-by-row order
 
 
 @runtime_checkable
@@ -68,15 +68,21 @@ class PatchPipeline:
     def __repr__(self) -> str:
         return repr_without_defaults(self)
 
+    @property
+    def about_center(self) -> "PatchPipeline":
+        """Makes patches of a 3x3 grid, which has a center, in the same way."""
+        grid = dataclasses.replace(self.grid, rows=3)
+        return dataclasses.replace(self, grid=grid)
+
     def draw(self, n_images: int, generator: torch.Generator) -> Drawn:
         """Returns the random numbers for `n_images` images, made by `generator` alone.
 
-        The first tensor is the corners of the grid's cells (b 9 2). Where the grid has a scale, the
-        factors of the patches follow (b 9), then what the color treatment draws, and then the
-        windows of an aperture and the turns of a rotation, if there is one.
+        The first tensor is the corners of the grid's cells (b cells 2). Where the grid has a scale,
+        the factors of the patches follow (b cells), then what the color treatment draws, and then
+        the windows of an aperture and the turns of a rotation, if there is one.
         """
         places = sample_places(self.grid, n_images, generator)
-        sizes = (n_images, CELLS, self.grid.patch_px)
+        sizes = (n_images, self.grid.cells, self.grid.patch_px)
         for_color = self.color.draw(*sizes, generator)
         for_aperture = self.aperture.draw(*sizes, generator) if self.aperture else ()
         turns = self.rotation.draw(*sizes, generator) if self.rotation else ()
@@ -85,7 +91,7 @@ class PatchPipeline:
     def make(
         self,
         images: Images,
-        corners: Int[Tensor, "b 9 2"],
+        corners: Int[Tensor, "b cells 2"],
         *drawn: Tensor,
     ) -> Patches:
         """Returns the patches of `images`; `corners` and `drawn` are what `draw` returned.

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from relloc.errors import UsageError
 from relloc.geometry import CELLS, CENTER, NEIGHBORS, OFFSETS
 
 Cells = Num[Tensor, "b cells *values"]  # something of each cell of each image, in the grid's order
@@ -165,10 +166,23 @@ class _LabeledPairs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CenterPairs(_LabeledPairs):
-    """The eight pairs of an outer cell of the 3x3 grid and the center; question i has label i."""
+    """The eight pairs of an outer cell of the 3x3 grid and the center; question i has label i.
+
+    Raises:
+        UsageError: the grid has another number of `rows`, and so no center.
+    """
+
+    rows: int = 3
 
     n_cells = CELLS
     have_center = True
+
+    def __post_init__(self) -> None:
+        if self.rows != 3:
+            raise UsageError(
+                f"grid.rows={self.rows} has no patch in the middle that has eight neighbors: give "
+                "grid.rows=3, or pairs=adjacent or pairs=offsets"
+            )
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -197,17 +211,15 @@ class _GridPairs(_LabeledPairs):
 
     have_center = False
 
+    rows: int = 3
+
     @property
     def _reach(self) -> int:
         raise NotImplementedError
 
     @property
     def n_cells(self) -> int:
-        return CELLS
-
-    @property
-    def _rows(self) -> int:
-        return math.isqrt(self.n_cells)
+        return self.rows**2
 
     @property
     def offsets(self) -> tuple[Offset, ...]:
@@ -224,7 +236,7 @@ class _GridPairs(_LabeledPairs):
     def labels(self) -> tuple[int, ...]:
         labels: list[int] = []
         for label, (down, right) in enumerate(self.offsets):
-            n_pairs = (self._rows - abs(down)) * (self._rows - abs(right))
+            n_pairs = (self.rows - abs(down)) * (self.rows - abs(right))
             labels += [label] * n_pairs
         return tuple(labels)
 
@@ -233,7 +245,7 @@ class _GridPairs(_LabeledPairs):
         return cells, cells
 
     def combine(self, parts: Sequence[Tensor]) -> Float[Tensor, "b questions h"]:
-        side = self._rows
+        side = self.rows
         of_neighbors, of_centers = [part.unflatten(1, (side, side)) for part in parts]
         sums = []
         for down, right in self.offsets:
@@ -250,9 +262,10 @@ class _GridPairs(_LabeledPairs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdjacentPairs(_GridPairs):
-    """All ordered pairs of cells that touch: 40 with eight answers, those of `CenterPairs`.
+    """All ordered pairs of cells that touch, with the eight answers of `CenterPairs`.
 
-    So the author's code asks (protocols.md 1.1, DC), of larger grids.
+    There are 40 in a grid of 3 `rows`, 84 in one of 4. So the author's code asks (protocols.md 1.1,
+    DC), of larger grids.
     """
 
     @property
@@ -262,11 +275,14 @@ class AdjacentPairs(_GridPairs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllPairs(_GridPairs):
-    """All ordered pairs of two cells: 72 with 24 answers, the offsets of up to two cells."""
+    """All ordered pairs of two cells; the answers are their offsets.
+
+    There are 72 with 24 answers in a grid of 3 `rows`, 240 with 48 in one of 4.
+    """
 
     @property
     def _reach(self) -> int:
-        return self._rows - 1
+        return self.rows - 1
 
 
 CENTER_PAIRS = CenterPairs()

@@ -26,11 +26,12 @@ from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.evaluation.strides import in_strides, strides_of
 from relloc.features.batch_norm import check_one_image, has_batch_norm
+from relloc.geometry import PatchGrid
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.answers import with_answers
-from relloc.pretext.questions import CENTER_PAIRS, head_sizes
+from relloc.pretext.questions import CENTER_PAIRS, Questions, head_sizes
 from relloc.pretext.relative_location import RelativeLocation, check_batch_norms
 from relloc.runs.command_settings import (
     Evaluating,
@@ -69,7 +70,11 @@ def pretraining(config: DictConfig) -> Pretraining:
         **_shared(config, given),
         model=_model(given["model"]),
         training_patches=training_patches,
-        questions=with_answers(CENTER_PAIRS, training_patches.patches, given["pretext_answers"]),
+        questions=with_answers(
+            _pairs(given, training_patches.patches.grid),
+            training_patches.patches,
+            given["pretext_answers"],
+        ),
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],
         # Made later, when the network exists whose weights it updates
@@ -91,6 +96,7 @@ def pretraining(config: DictConfig) -> Pretraining:
     names = ("model", "optimizer", "pretext_batch_norm")
     _check_network(
         json.dumps({name: given[name] for name in names}),
+        settings.questions,
         settings.images_per_batch_norm,
         settings.patches.grid.patch_px,
     )
@@ -266,6 +272,13 @@ def _training_patches(given: Mapping[str, Any]) -> TrainingPatches:
     return TrainingPatches(patches=PatchPipeline(**parts), curriculum=curriculum)
 
 
+def _pairs(given: Mapping[str, Any], grid: PatchGrid) -> Questions:
+    # Settings of runs that are older than the group have none: they ask about the center.
+    if not given.get("pairs"):
+        return CENTER_PAIRS
+    return call("pairs", given["pairs"], rows=grid.rows)
+
+
 def _model(node: Mapping[str, Any]) -> Model:
     return Model(
         name=str(node["name"]),
@@ -305,7 +318,9 @@ def _backbone_without_memory(node: str) -> Backbone:
 
 
 @functools.cache
-def _check_network(nodes: str, images_per_batch_norm: int, patch_px: int) -> None:
+def _check_network(
+    nodes: str, questions: Questions, images_per_batch_norm: int, patch_px: int
+) -> None:
     """Makes the network and its optimizer, without memory for the weights.
 
     Raises `UsageError` where one can't be made, or a batch norm would be trained on one value per
@@ -316,7 +331,6 @@ def _check_network(nodes: str, images_per_batch_norm: int, patch_px: int) -> Non
     # Tensors on PyTorch's meta device have shapes but no storage.
     with torch.device("meta"):
         backbone = model.make_backbone()
-        questions = CENTER_PAIRS
         network = RelativeLocation(
             backbone,
             model.make_head(embedding_dim=backbone.embedding_dim, **head_sizes(questions)),

@@ -314,12 +314,15 @@ def print_measured(rows: Sequence[Result]) -> None:
 
 
 def pretext_line(row: Result) -> str:
-    """Returns the line that tells the held-out pretext accuracy beside that of chance."""
+    """Returns the line that tells a held-out pretext accuracy beside that of chance."""
+    what = "pretext accuracy"
+    chance = f"chance is {CHANCE_PERCENT} %"
+    if row.metric != "top1":
+        what = "accuracy of the questions as trained"
+        # The first detail of such a row.
+        chance = row.details[0]
     how_certain = quantity(row.n, "pair")
     if interval := known_interval(row.low, row.high):
         low, high = interval
         how_certain = f"95 % interval {low:.1f} to {high:.1f}, {how_certain}"
-    return (
-        f"pretext accuracy on {row.dataset} {row.split}: {row.value:.1f} % ({how_certain}); "
-        f"chance is {CHANCE_PERCENT} %"
-    )
+    return f"{what} on {row.dataset} {row.split}: {row.value:.1f} % ({how_certain}); {chance}"

@@ -101,7 +101,7 @@ class Monitors:
         predicted = predict_positions(
             center,
             self._crops.pixels.split(self.config.batch),
-            self.patches,
+            self.patches.about_center,
             seed=self.seed,
             device=self.config.device,
             bf16=self.config.bf16,
@@ -123,14 +123,14 @@ class Monitors:
         answered = answers(
             self.model,
             questions,
-            self._crops.pixels.split(self.config.batch),
+            self._trained_crops.pixels.split(self.config.batch),
             self.patches,
             seed=self.seed,
             device=self.config.device,
             bf16=self.config.bf16,
         )
         n_right = sum(int(questions.hits(*of_batch).sum()) for of_batch in answered)
-        return 100 * n_right / (len(self._crops.pixels) * questions.n_questions)
+        return 100 * n_right / (len(self._trained_crops.pixels) * questions.n_questions)
 
     def _features(self) -> dict[str, float]:
         """Measures the features of whole views: their spectra, and nearest neighbors by label."""
@@ -190,10 +190,19 @@ class Monitors:
     # Decoded once: at each turn the same images are asked about, so that curves are comparable.
     @functools.cached_property
     def _crops(self) -> ImageBatch:
-        """Center crops of held-out images, as the pretext task is measured on."""
+        """Center crops of held-out images, as pairs with the center are asked about."""
+        return self._crops_for(self.patches.about_center.grid)
+
+    @functools.cached_property
+    def _trained_crops(self) -> ImageBatch:
+        """Center crops of held-out images, as the questions of the training are asked about."""
+        grid = self.patches.grid
+        return self._crops if grid.rows == 3 else self._crops_for(grid)
+
+    def _crops_for(self, grid: PatchGrid) -> ImageBatch:
         images = self.data.held_out
         indices = evenly_spaced(len(images), self.n_images)
-        batches = held_out_crops(images, indices, self.patches.grid, self.seed, self.config)
+        batches = held_out_crops(images, indices, grid, self.seed, self.config)
         return _joined(batches, images)
 
     @functools.cached_property

@@ -10,6 +10,7 @@ from pathlib import Path
 from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.pretext.answers import OffsetRegression
+from relloc.pretext.questions import CENTER_PAIRS
 from relloc.results import NO_FILES
 from relloc.runs.command_settings import Pretraining
 from relloc.tracking import RunRecord
@@ -53,9 +54,11 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
 
 
 def _more_of_patches(settings: Pretraining) -> list[str]:
-    """Returns words for what is done to patches only where a setting asks for it."""
+    """Returns words for what is asked of patches, or done to them, only by a setting."""
     grid = settings.patches.grid
     words = []
+    if settings.questions.n_questions != CENTER_PAIRS.n_questions:
+        words.append(f"{settings.questions.n_questions}pairs")
     if grid.yoked_jitter:
         words.append("yoked_jitter")
     if grid.scale is not None:

@@ -63,8 +63,12 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
             parts[name] = call(name, _checked(name, node, run_dir))
     patches = PatchPipeline(**parts)
     head_node = _checked("model.head", about["model"].get("head"), training)
-    # Runs of earlier versions have no such setting.
-    questions = with_answers(CENTER_PAIRS, patches, config.get("pretext_answers", "classes"))
+    # Runs of earlier versions have no such settings: they ask about the center.
+    pairs = CENTER_PAIRS
+    if config.get("pairs"):
+        pairs_node = _checked("pairs", config["pairs"], run_dir)
+        pairs = call("pairs", pairs_node, rows=patches.grid.rows)
+    questions = with_answers(pairs, patches, config.get("pretext_answers", "classes"))
     network = RelativeLocation(
         copy.deepcopy(backbone),
         call(
@@ -93,12 +97,14 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
 def make_pretext_model(network: RelativeLocation, patches: PatchPipeline) -> PretextModel | None:
     """Returns a network as studies take it, in eval mode, with its digest.
 
-    None where it can't be asked about pairs with the center, as studies do.
+    Studies ask about pairs with the center of a 3x3 grid, whatever the network was trained on. None
+    where it can't answer these.
     """
     center = about_center(network)
     if center is None:
         return None
     center.eval()
+    patches = patches.about_center
     weights = backbone_files.digest(network.state_dict())
     return PretextModel(network=center, patches=patches, digest=f"{weights} {patches!r}")
 
@@ -121,7 +127,7 @@ def _check_same_training(
     computed = about.get("computed")
     if not isinstance(computed, Mapping) or not isinstance(about.get("model"), Mapping):
         raise CheckpointError(f"{training} does not say how it was trained")
-    names = (*_PATCHES, "pretext_answers", "pretext_batch_norm")
+    names = (*_PATCHES, "pairs", "pretext_answers", "pretext_batch_norm")
     settings_now = flatten({name: config.get(name) for name in names})
     # Without those that `computed` leaves out
     now = neutral.settings_of_weights(settings_now)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from relloc.checkpoints import backbone_files
 from relloc.files import path_as_text
+from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.held_out import accuracy, answers
 from relloc.pretext.questions import CENTER_PAIRS, Questions
 from relloc.pretext.relative_location import about_center
@@ -36,12 +37,13 @@ def measure_pretext(training: Training, folder: RunFolder) -> None:
     center = about_center(network)
     rows = []
     if center is not None:
-        row = _measure(training, folder, center, CENTER_PAIRS)
+        patches = training.settings.patches.about_center
+        row = _measure(training, folder, center, CENTER_PAIRS, patches)
         how = "center crop, eight pairs with the center, jitter and colors as in training"
         rows.append(dataclasses.replace(row, headline=True, details=(how, *row.details)))
     if center is not network:
         questions = network.questions
-        row = _measure(training, folder, network, questions)
+        row = _measure(training, folder, network, questions, training.settings.patches)
         chance = f"chance is {questions.chance_percent:.1f} %"
         how = f"center crop, {questions.n_questions} questions, jitter and colors as in training"
         of_trained = dataclasses.replace(
@@ -57,7 +59,11 @@ def measure_pretext(training: Training, folder: RunFolder) -> None:
 
 
 def _measure(
-    training: Training, folder: RunFolder, network: nn.Module, questions: Questions
+    training: Training,
+    folder: RunFolder,
+    network: nn.Module,
+    questions: Questions,
+    patches: PatchPipeline,
 ) -> Result:
     """Returns the accuracy of a network on the questions about the held-out images."""
     settings = training.settings
@@ -66,9 +72,7 @@ def _measure(
     config = dataclasses.replace(
         settings.encode_config(training.engine), batch=settings.images_per_batch_norm
     )
-    loaded = held_out_crops(
-        images, range(len(images)), settings.patches.grid, settings.seed, config
-    )
+    loaded = held_out_crops(images, range(len(images)), patches.grid, settings.seed, config)
     unreadable = config.unreadable_of(len(images))
     n_batches = math.ceil(len(images) / config.batch)
     # Images that can't be read give no answers: these are the indices of those that do.
@@ -84,7 +88,7 @@ def _measure(
         network,
         questions,
         pixels(),
-        settings.patches,
+        patches,
         seed=settings.seed,
         device=config.device,
         bf16=config.bf16,

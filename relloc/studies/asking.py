@@ -117,6 +117,11 @@ def check_grid(setting: str, grid: object) -> None:
             f"{setting}.grid is {grid}: choose a member of conf/grid by grid@{setting}.grid=NAME, "
             "such as mmselfsup, or leave it out"
         )
+    if grid is not None and grid.rows != 3:
+        raise UsageError(
+            f"{setting}.grid.rows is {grid.rows}: studies ask about the center of a 3x3 grid, so "
+            "leave it out"
+        )
 
 
 def grid_to_ask(setting: str, grid: PatchGrid | None, pretext: PretextModel) -> PatchGrid:

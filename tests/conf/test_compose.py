@@ -52,6 +52,7 @@ GROUPS = (
     "aperture",
     "rotation",
     "curriculum",
+    "pairs",
     "optimizer",
     "schedule",
     "tracking",
@@ -74,14 +75,14 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("curriculum") == ["linear"]
+    assert members("pairs") == ["adjacent", "center", "offsets"]
     assert members("rotation") == ["quarter_turns"]
     assert members("chroma_blur") == members("aperture") == ["mundhenk2018"]
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]
-    assert members("experiment") == sorted(
-        [*published, "curriculum", "gap_jitter", "gap_jitter_small", "mundhenk2018", "offgrid"]
-    )
+    others = ["allpairs", "curriculum", "mundhenk2018", "offgrid"]
+    assert members("experiment") == sorted([*published, *others, "gap_jitter", "gap_jitter_small"])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_a_member_composes_and_makes_its_objects(compose, choice, monkeypatch):
     assert settings.make_optimizer(model=settings.network()).param_groups
     assert settings.schedule.factor(0) >= 0
     named = {"linear_fast", "knn"}
-    if choice == "experiment=card2022":
+    if choice in ("experiment=card2022", "experiment=allpairs"):
         named = {"linear_in1k", "knn_in1k"}
     if choice.startswith("experiment=gap_jitter"):
         named = {"linear_fast", "knn", "voc07_low_shot", "shortcuts", "label_free"}

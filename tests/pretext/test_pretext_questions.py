@@ -8,10 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from relloc.errors import UsageError
 from relloc.geometry import NEIGHBORS, OFFSETS
-from relloc.pretext.questions import CENTER_PAIRS, AdjacentPairs, AllPairs, Questions
+from relloc.pretext.questions import (
+    CENTER_PAIRS,
+    AdjacentPairs,
+    AllPairs,
+    CenterPairs,
+    Questions,
+)
 
-SETS = {"center": CENTER_PAIRS, "adjacent": AdjacentPairs(), "offsets": AllPairs()}
+SETS = {
+    "center": CENTER_PAIRS,
+    "adjacent": AdjacentPairs(),
+    "offsets": AllPairs(),
+    "adjacent of 4x4": AdjacentPairs(rows=4),
+    "offsets of 4x4": AllPairs(rows=4),
+}
 every_set = pytest.mark.parametrize("name", SETS)
 
 
@@ -27,7 +40,7 @@ def asked_pairs(questions: Questions) -> list[tuple[int, int]]:
     return [(int(number) % 100, int(number) // 100) for number in asked]
 
 
-def offset(neighbor: int, center: int, side: int = 3) -> tuple[int, int]:
+def offset(neighbor: int, center: int, side: int) -> tuple[int, int]:
     rows, columns = zip(divmod(neighbor, side), divmod(center, side), strict=True)
     return rows[0] - rows[1], columns[0] - columns[1]
 
@@ -35,10 +48,11 @@ def offset(neighbor: int, center: int, side: int = 3) -> tuple[int, int]:
 def expected_pairs(name: str) -> set[tuple[int, int]]:
     if name == "center":
         return {(neighbor, 4) for neighbor in NEIGHBORS}
-    all_pairs = set(itertools.permutations(range(9), 2))
-    if name == "offsets":
+    side = 4 if "4x4" in name else 3
+    all_pairs = set(itertools.permutations(range(side**2), 2))
+    if "offsets" in name:
         return all_pairs
-    return {pair for pair in all_pairs if max(map(abs, offset(*pair))) == 1}
+    return {pair for pair in all_pairs if max(map(abs, offset(*pair, side))) == 1}
 
 
 @every_set
@@ -47,9 +61,11 @@ def test_each_pair_is_asked_once_and_its_label_stands_for_its_offset(name: str) 
     pairs = asked_pairs(questions)
     assert len(pairs) == len(set(pairs)) == questions.n_questions
     assert set(pairs) == expected_pairs(name)
+    side = math.isqrt(questions.n_cells)
     offset_of_label: dict[int, tuple[int, int]] = {}
     for pair, label in zip(pairs, truth_of(questions, 1)[0].tolist(), strict=True):
-        assert offset_of_label.setdefault(label, offset(*pair)) == offset(*pair)
+        of_pair = offset(*pair, side)
+        assert offset_of_label.setdefault(label, of_pair) == of_pair
     assert len(set(offset_of_label.values())) == questions.n_outputs == max(offset_of_label) + 1
     columns = questions.columns_of_positions()
     assert columns is not None
@@ -87,15 +103,22 @@ def test_chance_is_what_the_best_answer_without_looking_reaches(name: str) -> No
     assert questions.loss(tilted, truth).item() > questions.chance_loss
 
 
+def test_a_grid_without_a_center_is_not_asked_about_it() -> None:
+    with pytest.raises(UsageError, match=r"grid\.rows=4 .*\bpairs=adjacent"):
+        CenterPairs(rows=4)
+
+
 @every_set
 def test_the_gradient_of_each_patch_is_the_sum_over_its_questions(name: str) -> None:
     questions = SETS[name]
     generator = torch.Generator().manual_seed(0)
-    cells = torch.randn(2, 9, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    cells = torch.randn(
+        2, questions.n_cells, 5, dtype=torch.float64, generator=generator, requires_grad=True
+    )
     weights = torch.randn(2, questions.n_questions, 5, dtype=torch.float64, generator=generator)
     neighbors, centers = questions.select(cells)
     (questions.combine([neighbors, 3 * centers]) * weights).sum().backward()
-    expected = torch.zeros(2, 9, 5, dtype=torch.float64)
+    expected = torch.zeros_like(cells)
     for question, (neighbor, center) in enumerate(asked_pairs(questions)):
         expected[:, neighbor] += weights[:, question]
         expected[:, center] += 3 * weights[:, question]

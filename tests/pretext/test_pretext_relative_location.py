@@ -1,6 +1,8 @@
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -9,12 +11,20 @@ from commands import start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from relloc.errors import UsageError
+from relloc.geometry import OFFSETS
 from relloc.models.backbone import Backbone
 from relloc.models.pair_head import PairHead
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
-from relloc.pretext.questions import CENTER_PAIRS, Questions
-from relloc.pretext.relative_location import RelativeLocation
+from relloc.pretext.questions import (
+    CENTER_PAIRS,
+    AdjacentPairs,
+    AllPairs,
+    Questions,
+    head_sizes,
+)
+from relloc.pretext.relative_location import RelativeLocation, about_center
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "small": lambda: SmallBackbone(widths=(8, 8, 10, 12, 14)),
@@ -32,21 +42,24 @@ def model_of(
     *,
     images: int = 3,
     one_pass: bool = False,
+    questions: Questions = CENTER_PAIRS,
     **head_changes: object,
 ) -> RelativeLocation:
     torch.manual_seed(0)
     backbone = BACKBONES[kind]()
-    settings = {
+    settings: dict[str, object] = {
         "hidden_dim": 16,
         "batch_norm_momentum": 0.1,
         "dropout": 0.0,
         "neck_std": 0.3,
         "head_std": 0.3,
     }
-    head = PairHead(embedding_dim=backbone.embedding_dim, **{**settings, **head_changes})  # type: ignore[arg-type]
+    settings |= head_sizes(questions) | head_changes
+    head = PairHead(embedding_dim=backbone.embedding_dim, **settings)  # type: ignore[arg-type]
     return RelativeLocation(
         backbone,
         head,
+        questions=questions,
         batch_norm=batch_norm,  # type: ignore[arg-type]
         images_per_batch_norm=images,
         one_pass=one_pass,
@@ -150,14 +163,25 @@ def test_joint_is_one_pass_over_all_nine_patches_and_another_thing_than_separate
 
 
 @every_backbone
-@pytest.mark.parametrize("batch_norm", ["separate", "joint"])
-def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_norm: str) -> None:
-    together = model_of(kind, batch_norm, images=3, one_pass=True, dropout=0.5).train()
-    apart = model_of(kind, batch_norm, images=3, dropout=0.5).train()
+@pytest.mark.parametrize(
+    ("batch_norm", "questions"),
+    [
+        ("separate", CENTER_PAIRS),
+        ("joint", CENTER_PAIRS),
+        ("cell", CENTER_PAIRS),
+        ("cell", AllPairs()),
+    ],
+)
+def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(
+    kind: str, batch_norm: str, questions: Questions
+) -> None:
+    asked: dict[str, Any] = {"questions": questions}
+    together = model_of(kind, batch_norm, images=3, one_pass=True, dropout=0.5, **asked).train()
+    apart = model_of(kind, batch_norm, images=3, dropout=0.5, **asked).train()
     patches = patches_of(b=6)
     mask = apart.head.draw_dropout_mask(6, torch.Generator().manual_seed(4))
     for model in (together, apart):
-        loss_of(model(patches, mask)).backward()
+        loss_of(model(patches, mask), questions).backward()
     for (name, value), other in zip(together.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-9, msg=name)
     assert list(together.state_dict()) == list(apart.state_dict())
@@ -168,33 +192,112 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(kind: str, batch_
         torch.testing.assert_close(
             value, apart.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name
         )
-    whole = model_of(kind, batch_norm, images=6, one_pass=True).train()
+    whole = model_of(kind, batch_norm, images=6, one_pass=True, **asked).train()
     assert not torch.allclose(whole(patches), together(patches), rtol=1e-3)
+
+
+def cells_of_pairs(questions: Questions) -> list[tuple[int, int]]:
+    """The cells of each question in the order of the outputs, neighbor first."""
+    numbers = torch.arange(float(questions.n_cells)).reshape(1, -1, 1)
+    neighbors, centers = questions.select(numbers)
+    asked = questions.combine([neighbors, 100 * centers]).flatten().tolist()
+    return [(int(number) % 100, int(number) // 100) for number in asked]
+
+
+@pytest.mark.parametrize("batch_norm", ["joint", "cell"])
+@pytest.mark.parametrize("questions", [AdjacentPairs(), AllPairs()], ids=["adjacent", "offsets"])
+def test_projecting_each_patch_twice_is_one_product_for_each_pair(
+    questions: Questions, batch_norm: str
+) -> None:
+    """The published form: the head's first layer on the two embeddings side by side."""
+    model = model_of("small", batch_norm, questions=questions).train()
+    twin = model_of("small", batch_norm, questions=questions).train()
+    patches = patches_of()
+    loss_of(model(patches), questions).backward()
+    of_cells = [patches.flatten(0, 1)]
+    if batch_norm == "cell":
+        of_cells = [patches[:, cell] for cell in range(9)]
+    embedded = [twin.backbone.embed(rows) for rows in of_cells]
+    if batch_norm == "joint":
+        by_cell = embedded[0].unflatten(0, (-1, 9)).unbind(1)
+    else:
+        by_cell = tuple(embedded)
+    pairs = [
+        torch.cat([by_cell[neighbor], by_cell[center]], dim=1)
+        for neighbor, center in cells_of_pairs(questions)
+    ]
+    rows = torch.stack(pairs, dim=1).flatten(0, 1)
+    logits = twin.head.answer(twin.head.neck(rows)).unflatten(0, (len(patches), -1))
+    loss_of(logits, questions).backward()
+    for (name, value), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-7, atol=1e-10, msg=name)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_norm", ["joint", "cell"])
+@pytest.mark.parametrize(
+    "questions",
+    [AdjacentPairs(), AllPairs(), AllPairs(rows=4)],
+    ids=["adjacent", "offsets", "offsets of 4x4"],
+)
+def test_a_network_of_other_pairs_is_asked_about_the_center_by_what_it_learned(
+    questions: Questions, batch_norm: str
+) -> None:
+    model = model_of("small", batch_norm, questions=questions).eval()
+    about = about_center(model)
+    assert about is not None
+    side = math.isqrt(questions.n_cells)
+    patches = torch.randn(2, side, side, 3, 32, 32, dtype=torch.float64)
+    answers = about.eval()(patches[:, :3, :3].flatten(1, 2))
+    assert answers.shape == (2, 8, 8)
+    columns = questions.columns_of_positions()
+    assert columns is not None
+    of_all = model(patches.flatten(1, 2))[:, :, list(columns)]
+    pairs = cells_of_pairs(questions)
+    center = side + 1
+    for label, (down, right) in enumerate(OFFSETS):
+        question = pairs.index((center + side * down + right, center))
+        torch.testing.assert_close(answers[:, label], of_all[:, question])
+
+
+def test_a_network_of_the_pairs_with_the_center_is_asked_as_it_is() -> None:
+    model = model_of("small")
+    assert about_center(model) is model
+
+
+def test_separate_batch_norm_needs_a_center() -> None:
+    with pytest.raises(UsageError, match="pretext_batch_norm=separate .*pretext_batch_norm=joint"):
+        model_of("small", "separate", questions=AdjacentPairs())
 
 
 TRACED = """
 import torch
 from relloc.models.pair_head import PairHead
 from relloc.models.small import SmallBackbone
-from relloc.pretext.questions import CENTER_PAIRS
+from relloc.pretext.questions import CENTER_PAIRS, AdjacentPairs, head_sizes
 from relloc.pretext.relative_location import RelativeLocation
 
-def model(one_pass):
+def model(one_pass, questions, batch_norm):
     torch.manual_seed(0)
     head = PairHead(embedding_dim=14, hidden_dim=16, batch_norm_momentum=0.1, dropout=0.5,
-                    neck_std=0.3, head_std=0.3)
-    return RelativeLocation(SmallBackbone(widths=(8, 8, 10, 12, 14)), head, batch_norm="separate",
-                            images_per_batch_norm=8, one_pass=one_pass).train()
+                    neck_std=0.3, head_std=0.3, **head_sizes(questions))
+    return RelativeLocation(SmallBackbone(widths=(8, 8, 10, 12, 14)), head, questions=questions,
+                            batch_norm=batch_norm, images_per_batch_norm=8,
+                            one_pass=one_pass).train()
 
-for bf16 in (False, True):
-    traced, plain = model(True), model(False)
+cases = ((False, CENTER_PAIRS, "separate"), (True, CENTER_PAIRS, "separate"),
+         (False, AdjacentPairs(), "cell"))
+for bf16, questions, batch_norm in cases:
+    traced, plain = [model(one_pass, questions, batch_norm) for one_pass in (True, False)]
     network = torch.compile(traced, backend="aot_eager", dynamic=False)
     patches = torch.randn(16, 9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     mask = plain.head.draw_dropout_mask(16, torch.Generator().manual_seed(4))
     for one in (network, plain):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = one(patches, mask)
-        CENTER_PAIRS.loss(logits, CENTER_PAIRS.truth(torch.zeros(16, 9, 2, dtype=int))).backward()
+        questions.loss(logits, questions.truth(torch.zeros(16, 9, 2, dtype=int))).backward()
     for (name, value), other in zip(traced.named_parameters(), plain.parameters(), strict=True):
         if name != "head.neck.0.bias":  # whose gradient batch norm cancels
             print(bf16, name, ((value.grad - other.grad).norm() / other.grad.norm()).item())
@@ -212,7 +315,7 @@ def test_traced_for_compilation_gradients_are_those_of_the_plain_network(tmp_pat
     printed = [
         line.split() for line in done.text.splitlines() if line.startswith(("True ", "False "))
     ]
-    assert len(printed) > 60
+    assert len(printed) > 90
     for bf16, name, off in printed:
         assert float(off) < (0.15 if bf16 == "True" else 1e-4), (bf16, name, off)
 

@@ -27,11 +27,11 @@ from relloc.patches.color import Drop
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.held_out import accuracy, count_hits, predict_positions
-from relloc.pretext.questions import CENTER_PAIRS, POSITIONS
-from relloc.pretext.relative_location import RelativeLocation
+from relloc.pretext.questions import CENTER_PAIRS, POSITIONS, AllPairs, Questions, head_sizes
+from relloc.pretext.relative_location import RelativeLocation, about_center
 from relloc.results import LAYERS
 from relloc.runs.monitors import Monitors, confusion_picture
-from relloc.seeds import Use
+from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
 PX = 64
@@ -67,7 +67,9 @@ def data(tmp_path: Path) -> Splits:
     )
 
 
-def new_model(*, one_pass: bool = False) -> RelativeLocation:
+def new_model(
+    *, one_pass: bool = False, questions: Questions = CENTER_PAIRS, batch_norm: str = "separate"
+) -> RelativeLocation:
     torch.manual_seed(0)
     head = PairHead(
         embedding_dim=8,
@@ -76,10 +78,16 @@ def new_model(*, one_pass: bool = False) -> RelativeLocation:
         dropout=0.5,
         neck_std=0.5,
         head_std=0.5,
+        **head_sizes(questions),
     )
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8))
     return RelativeLocation(
-        backbone, head, batch_norm="separate", images_per_batch_norm=4, one_pass=one_pass
+        backbone,
+        head,
+        questions=questions,
+        batch_norm=batch_norm,  # type: ignore[arg-type]
+        images_per_batch_norm=4,
+        one_pass=one_pass,
     )
 
 
@@ -135,6 +143,28 @@ def test_pretext_values_are_the_accuracy_on_evenly_spaced_center_crops(
         [100 * float((given[:, label] == label).float().mean()) for label in range(8)], rel=1e-5
     )
     assert np.mean(by_position) == pytest.approx(expected.percent, rel=1e-5)
+
+
+def test_a_network_of_other_pairs_is_measured_on_these_and_on_those_with_the_center(
+    data: Splits, tmp_path: Path
+) -> None:
+    model = new_model(questions=AllPairs(), batch_norm="joint")
+    values = monitors(model, data, tmp_path)(7)
+    crops = Crops(data.held_out, PATCHES.grid, use=Use.HELD_OUT_CROP, seed=3, centered=True)
+    pixels = collate([crops[(place,)] for place in HELD_OUT_PLACES]).pixels
+    of_trained, of_center = [], []
+    for asked, found in ((model, of_trained), (about_center(model), of_center)):
+        generator = torch.Generator().manual_seed(seed_for(Use.HELD_OUT_PATCHES, 3))
+        # In the batches of the monitors, since one generator makes the patches of all
+        for some in pixels.split(CONFIG.batch):
+            with torch.no_grad():
+                found.append(asked.eval()(PATCHES(some, generator)).argmax(dim=2))
+    labels = torch.tensor(AllPairs().labels)
+    right = (torch.cat(of_trained) == labels).float()
+    assert values["monitor/pretext/top1_trained"] == pytest.approx(100 * right.mean().item())
+    right = (torch.cat(of_center) == torch.arange(8)).float()
+    assert values["monitor/pretext/top1"] == pytest.approx(100 * right.mean().item())
+    assert values["monitor/pretext/top1"] != values["monitor/pretext/top1_trained"]
 
 
 def test_spectra_are_those_of_held_out_views(
