@@ -10,11 +10,16 @@ import math
 from typing import TypeVar
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from relloc.geometry import Pair
 
 T = TypeVar("T")
+
+# The major version of Pillow, and the first one that may resize columns before rows
+_PILLOW_VERSION = int(PIL.__version__.partition(".")[0])
+_FIRST_VERTICAL = 13
 
 Box = tuple[float, float, float, float]  # (top, left, bottom, right), in pixels
 WholeBox = tuple[int, int, int, int]  # the same in whole pixels
@@ -56,6 +61,8 @@ class Resampling:
         pixels as the width (https://github.com/python-pillow/Pillow/pull/9549). The size of the
         image counts, not that of the box.
         """
+        if _PILLOW_VERSION < _FIRST_VERTICAL:
+            return False
         top, left, bottom, right = self.within
         less_height = bottom - top - self.size[0]
         less_width = right - left - self.size[1]
