@@ -42,6 +42,11 @@ def with_answers(
             "pretext_answers=regression asks for no turn of patches, and rotation= turns them: "
             "leave out one of the two"
         )
+    if questions.n_patches != 2:
+        raise UsageError(
+            "pretext_answers=regression asks how far two patches are apart, and each question of "
+            f"pairs= is about {questions.n_patches}: give other pairs, or pretext_answers=classes"
+        )
     return OffsetRegression(questions=questions, grid=patches.grid)
 
 

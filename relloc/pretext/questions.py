@@ -1,12 +1,13 @@
 """What a network is asked about the patches of an image, which answer is right, and the loss.
 
 A question is about a pair of cells of the patch grid: where does the first patch, the neighbor, lie
-as seen from the second, the center of the pair? Three sets of pairs can be asked about; all come
-from the same patches, each encoded once:
+as seen from the second, the center of the pair? Or it is about three cells. Several sets can be
+asked about; all come from the same patches, each encoded once:
 
 * `CenterPairs`: each outer cell of the 3x3 grid with the cell in its middle (the published recipe).
 * `AdjacentPairs`: all pairs of cells that touch, at a side or a corner, in both orders.
 * `AllPairs`: all pairs of two cells, in both orders.
+* `Triplets`: the center with two outer cells.
 
 `Questions` is what the network, the training loop and the measurements need of such a set. A task
 that asks something else implements it too.
@@ -115,8 +116,8 @@ class Questions(Protocol):
         ...
 
 
-class _LabeledPairs:
-    # What all sets of pairs share: each question has a label, the same in all images.
+class _LabeledQuestions:
+    # What all sets share: each question has a label, the same in all images.
 
     n_patches = 2
 
@@ -165,7 +166,7 @@ class _LabeledPairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CenterPairs(_LabeledPairs):
+class CenterPairs(_LabeledQuestions):
     """The eight pairs of an outer cell of the 3x3 grid and the center; question i has label i.
 
     Raises:
@@ -201,7 +202,7 @@ class CenterPairs(_LabeledPairs):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _GridPairs(_LabeledPairs):
+class _GridPairs(_LabeledQuestions):
     # All ordered pairs of cells of a grid whose offset has at most `_reach` rows and columns. They
     # are ordered by offset, which is the answer: row by row from the upper left.
     #
@@ -283,6 +284,66 @@ class AllPairs(_GridPairs):
     @property
     def _reach(self) -> int:
         return self.rows - 1
+
+
+def _outer_cells_apart() -> tuple[tuple[int, int], ...]:
+    # Labels of two outer cells that share no side, the first before the second row by row
+    pairs = []
+    for first, (first_row, first_column) in enumerate(OFFSETS):
+        for second in range(first + 1, len(OFFSETS)):
+            second_row, second_column = OFFSETS[second]
+            steps = abs(second_row - first_row) + abs(second_column - first_column)
+            if steps > 1:
+                pairs.append((first, second))
+    return tuple(pairs)
+
+
+ARRANGEMENTS = _outer_cells_apart()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Triplets(_LabeledQuestions):
+    """The center with two outer cells that share no side: 20 arrangements, each with its answer.
+
+    Mundhenk et al. (protocols.md 1.5) ask for 20 arrangements of three patches too. Which these are
+    stands in their stored patches alone; these here are our choice.
+
+    Raises:
+        UsageError: the grid has another number of `rows`, and so no center.
+    """
+
+    rows: int = 3
+
+    n_cells = CELLS
+    have_center = False
+    n_patches = 3
+
+    def __post_init__(self) -> None:
+        if self.rows != 3:
+            raise UsageError(
+                f"grid.rows={self.rows} has no patch in the middle: give grid.rows=3, or "
+                "pairs=adjacent or pairs=offsets"
+            )
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return tuple(range(len(ARRANGEMENTS)))
+
+    def select(self, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the outer cells (b 8 ...), the center (b ...), and the outer cells again."""
+        outer = without_center(cells, dim=1)
+        return outer, cells[:, CENTER], outer
+
+    def combine(self, parts: Sequence[Tensor]) -> Float[Tensor, "b 20 h"]:
+        of_firsts, of_centers, of_seconds = parts
+        # Taken apart once: as with `_GridPairs`, lists of indices would be no good.
+        firsts = of_firsts.unbind(1)
+        seconds = of_seconds.unbind(1)
+        outer = [firsts[first] + seconds[second] for first, second in ARRANGEMENTS]
+        return torch.stack(outer, 1) + of_centers.unsqueeze(1)
+
+    def columns_of_positions(self) -> None:
+        """Returns None, as an answer names two positions."""
 
 
 CENTER_PAIRS = CenterPairs()

@@ -73,7 +73,8 @@ def pretraining(config: DictConfig) -> Pretraining:
         questions=with_answers(
             _pairs(given, training_patches.patches.grid),
             training_patches.patches,
-            given["pretext_answers"],
+            # Settings of runs that are older than this one lack it.
+            given.get("pretext_answers", "classes"),
         ),
         schedule=call("schedule", given["schedule"]),
         recipe_epochs=given["recipe"]["epochs"],

@@ -248,7 +248,7 @@ def _refuse_all_without_head(
                 f"{chosen.group}.{chosen.name} asks the network of the pretext task, and "
                 f"checkpoint={checkpoints} has no head that answers with one of eight positions: "
                 "give a run folder of relloc.train with its checkpoints, checkpoint=RUN_FOLDER; "
-                "trainings with rotation= or pretext_answers=regression have none"
+                "trainings with rotation=, pairs=triplets or pretext_answers=regression have none"
             )
 
 

@@ -58,7 +58,8 @@ def _more_of_patches(settings: Pretraining) -> list[str]:
     grid = settings.patches.grid
     words = []
     if settings.questions.n_questions != CENTER_PAIRS.n_questions:
-        words.append(f"{settings.questions.n_questions}pairs")
+        kind = "pairs" if settings.questions.n_patches == 2 else "triplets"
+        words.append(f"{settings.questions.n_questions}{kind}")
     if grid.yoked_jitter:
         words.append("yoked_jitter")
     if grid.scale is not None:

@@ -75,7 +75,7 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("grid") == ["doersch2015", "google2019", "mmselfsup"]
     assert members("color") == ["drop", "gray", "none", "projection"]
     assert members("curriculum") == ["linear"]
-    assert members("pairs") == ["adjacent", "center", "offsets"]
+    assert members("pairs") == ["adjacent", "center", "offsets", "triplets"]
     assert members("rotation") == ["quarter_turns"]
     assert members("chroma_blur") == members("aperture") == ["mundhenk2018"]
     assert members("eval") == EVALS
@@ -117,7 +117,19 @@ def test_the_patches_of_mundhenk_are_110_px_shown_at_96(compose):
     )
     grid = settings.patches.grid
     assert (grid.cell_px, grid.pitch_px, grid.patch_px) == (110, 144, 96)
-    assert settings.questions.n_outputs == 4 * 8
+    assert settings.questions.n_outputs == 4 * 20
+
+
+def test_settings_of_runs_that_are_older_than_some_are_those_of_the_default(compose):
+    config = compose("train", [])
+    older = OmegaConf.to_container(config)
+    for name in ("pairs", "pretext_answers"):
+        del older[name]
+    for name in ("yoked_jitter", "scale", "yoked_scale", "rows"):
+        del older["grid"][name]
+    now, then = build.pretraining(config), build.pretraining(OmegaConf.create(older))
+    assert (then.patches, then.questions) == (now.patches, now.questions)
+    assert then.identity == now.identity
 
 
 def test_a_curriculum_can_be_taken_out_of_a_preset(compose):

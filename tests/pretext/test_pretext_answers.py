@@ -14,12 +14,13 @@ from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.patches.rotation import QuarterTurns
 from relloc.pretext.answers import OffsetRegression, WithTurns, with_answers
-from relloc.pretext.questions import AdjacentPairs, AllPairs, CenterPairs, Questions
+from relloc.pretext.questions import AdjacentPairs, AllPairs, CenterPairs, Questions, Triplets
 
 GRID = PatchGrid(patch_px=8, gap_px=5, jitter_px=(0, 4), resize=None)
 PLAIN = PatchPipeline(grid=GRID, color=Keep(), normalize=ByDataset())
 TURNED = dataclasses.replace(PLAIN, rotation=QuarterTurns())
 PAIRS = [CenterPairs(), AdjacentPairs(), AllPairs()]
+SETS = [*PAIRS, Triplets()]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -34,7 +35,7 @@ def pairs_of(questions: Questions) -> list[tuple[int, int]]:
     return [divmod(code, 10) for code in codes]
 
 
-@pytest.mark.parametrize("of", PAIRS, ids=lambda of: type(of).__name__)
+@pytest.mark.parametrize("of", SETS, ids=lambda of: type(of).__name__)
 def test_the_label_of_turned_patches_counts_their_turns(of: CenterPairs) -> None:
     questions = with_answers(of, TURNED, "classes")
     assert questions == WithTurns(questions=of)
@@ -90,6 +91,8 @@ def test_the_loss_of_guessing_is_that_of_the_best_constant(of: CenterPairs, yoke
 def test_what_can_not_be_asked_is_refused() -> None:
     with pytest.raises(UsageError, match="rotation="):
         with_answers(CenterPairs(), TURNED, "regression")
+    with pytest.raises(UsageError, match="about 3"):
+        with_answers(Triplets(), PLAIN, "regression")
     with pytest.raises(UsageError, match="pretext_answers is offset:"):
         with_answers(CenterPairs(), PLAIN, "offset")
     assert with_answers(AllPairs(), PLAIN, "classes") == AllPairs()

@@ -16,6 +16,8 @@ from relloc.pretext.questions import (
     AllPairs,
     CenterPairs,
     Questions,
+    Triplets,
+    head_sizes,
 )
 
 SETS = {
@@ -163,3 +165,23 @@ def test_the_loss_of_bfloat16_logits_is_taken_in_float32() -> None:
     loss = center_loss(logits)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, center_loss(logits.float()))
+
+
+def test_triplets_are_the_center_and_two_outer_cells_that_share_no_side() -> None:
+    questions = Triplets()
+    cells = torch.arange(9.0).view(1, 9, 1)
+    firsts, centers, seconds = questions.select(cells)
+    codes = questions.combine([100 * firsts, 10 * centers, seconds]).flatten().int().tolist()
+    found = [(code // 100, code // 10 % 10, code % 10) for code in codes]
+    expected = []
+    for first, second in itertools.combinations(NEIGHBORS, 2):
+        rows_apart = abs(first // 3 - second // 3)
+        if rows_apart + abs(first % 3 - second % 3) > 1:
+            expected.append((first, 4, second))
+    assert found == expected
+    assert len(found) == questions.n_questions == questions.n_outputs == 20
+    assert questions.chance_percent == pytest.approx(5)
+    assert questions.chance_loss == pytest.approx(math.log(20))
+    assert head_sizes(questions) == {"n_patches": 3, "n_questions": 20, "n_outputs": 20}
+    with pytest.raises(UsageError, match="grid.rows=4"):
+        Triplets(rows=4)

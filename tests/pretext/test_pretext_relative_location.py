@@ -18,11 +18,14 @@ from relloc.models.pair_head import PairHead
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.pretext.questions import (
+    ARRANGEMENTS,
     CENTER_PAIRS,
     AdjacentPairs,
     AllPairs,
     Questions,
+    Triplets,
     head_sizes,
+    without_center,
 )
 from relloc.pretext.relative_location import RelativeLocation, about_center
 
@@ -170,6 +173,7 @@ def test_joint_is_one_pass_over_all_nine_patches_and_another_thing_than_separate
         ("joint", CENTER_PAIRS),
         ("cell", CENTER_PAIRS),
         ("cell", AllPairs()),
+        ("joint", Triplets()),
     ],
 )
 def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(
@@ -194,6 +198,20 @@ def test_one_pass_over_all_ghost_batches_is_one_pass_over_each(
         )
     whole = model_of(kind, batch_norm, images=6, one_pass=True, **asked).train()
     assert not torch.allclose(whole(patches), together(patches), rtol=1e-3)
+
+
+def test_the_head_sees_the_three_patches_of_a_triplet_side_by_side() -> None:
+    model = model_of("small", "joint", questions=Triplets()).eval()
+    patches = patches_of()
+    embedded = model.backbone.embed(patches.flatten(0, 1)).unflatten(0, (-1, 9))
+    outer = without_center(embedded, dim=1)
+    triplets = [
+        torch.cat([outer[:, first], embedded[:, 4], outer[:, second]], dim=1)
+        for first, second in ARRANGEMENTS
+    ]
+    rows = torch.stack(triplets, dim=1)
+    logits = model.head.answer(model.head.neck(rows.flatten(0, 1))).unflatten(0, (-1, 20))
+    torch.testing.assert_close(model(patches), logits)
 
 
 def cells_of_pairs(questions: Questions) -> list[tuple[int, int]]:
