@@ -40,8 +40,9 @@ class Questions(Protocol):
     """A set of questions that an image gives, and how answers to them are judged.
 
     Which answer is right may depend on the random numbers of the patches, as for patches that are
-    turned or that lie anywhere. So `truth` is computed from what `PatchPipeline.draw` returned.
-    It may be of any type and shape with the images first: only `loss` and `hits` read it.
+    turned or that lie anywhere. So `truth` is computed from what `PatchPipeline.draw` returned. Its
+    result may have any type and any shape that begins with the images: only `loss` and `hits` read
+    it.
     """
 
     @property
