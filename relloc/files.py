@@ -223,6 +223,34 @@ def read_lines(path: Path) -> list[bytes]:
     return content.split(b"\n")[:-1]
 
 
+def read_json_lines(
+    path: Path, kind: Any, what: str, advice: str, first_line: int = 0
+) -> list[Any]:
+    """Returns the values of the finished lines of a file, each checked against the type `kind`.
+
+    Args:
+        path: the file; one that does not exist has no lines.
+        kind: the type of the value of a line.
+        what: what a line is, for messages, such as "a journal entry".
+        advice: what to do about a line that is something else.
+        first_line: the first line to read, counted from 0.
+
+    Raises:
+        DamagedFile: the file can't be read, or a finished line is something else. The message has
+            the number of the line, counted from 1.
+    """
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        raise DamagedFile(
+            f"{path} can't be read ({error.strerror}): put back a copy, or move it away"
+        ) from error
+    return [
+        parse_json(line, kind, f"{path} line {number} is not {what}", advice)
+        for number, line in enumerate(lines[first_line:], start=first_line + 1)
+    ]
+
+
 def _cut_half_line(file: IO[bytes]) -> int:
     """Cuts off what follows the last line end, and returns how many bytes are left."""
     length = os.fstat(file.fileno()).st_size

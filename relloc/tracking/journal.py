@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from relloc.errors import DamagedFile
-from relloc.files import append_lines, parse_json, read_lines
+from relloc.files import append_lines, read_json_lines
 from relloc.tracking.record import legal_name, now_ms
 
 JOURNAL_FILE = "journal.jsonl"
@@ -101,14 +100,4 @@ def read_journal(run_dir: Path, first_line: int = 0, file: str = JOURNAL_FILE) -
         DamagedFile: the file can't be read, or a complete line is not an entry. The message has the
             number of the line, counted from 1.
     """
-    path = run_dir / file
-    try:
-        lines = read_lines(path)
-    except OSError as error:
-        raise DamagedFile(
-            f"{path} can't be read ({error.strerror}): put back a copy, or move it away"
-        ) from error
-    return [
-        parse_json(line, Entry, f"{path} line {number} is not a journal entry", _LOST)
-        for number, line in enumerate(lines[first_line:], start=first_line + 1)
-    ]
+    return read_json_lines(run_dir / file, Entry, "a journal entry", _LOST, first_line)

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from relloc.errors import DamagedFile
-from relloc.files import append_lines, locked, parse_json, read_lines
+from relloc.files import append_lines, locked, read_json_lines
 from relloc.results import Result
 from relloc.tracking.journal import Entry
 from relloc.tracking.record import now_ms
@@ -74,16 +73,7 @@ def read_watched(run_dir: Path, first_line: int = 0) -> list[Watched]:
             number of the line, counted from 1.
     """
     path = run_dir / WATCHED_FILE
-    try:
-        lines = read_lines(path)
-    except OSError as error:
-        raise DamagedFile(
-            f"{path} can't be read ({error.strerror}): put back a copy, or move it away"
-        ) from error
-    return [
-        parse_json(line, Watched, f"{path} line {number} is not a watched result", _LOST)
-        for number, line in enumerate(lines[first_line:], start=first_line + 1)
-    ]
+    return read_json_lines(path, Watched, "a watched result", _LOST, first_line)
 
 
 def watched_entries(run_dir: Path, first_line: int = 0) -> list[Entry]:
