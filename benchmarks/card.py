@@ -182,6 +182,10 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.tiny and options.record:
         parser.error("--record would keep the hours of --tiny, which mean nothing: leave out one")
+    if options.record and (options.overrides or options.images):
+        parser.error(
+            "--record keeps the hours of the card's own settings: leave out --images and settings"
+        )
     return options
 
 

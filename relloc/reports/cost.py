@@ -47,17 +47,16 @@ def cost_lines(entries: Sequence[ReportEntry]) -> list[CostLine]:
             lines.append(CostLine(label=part.table, texts=("", "", "", _NOT_BUILT)))
             continue
         lines.append(_line(part.evaluation, _MEASURED if cells & filled else _MISSING))
+    n_built = sum(line.texts[-1] != _NOT_BUILT for line in lines)
     by_hardware: dict[str, list[MeasuredHours]] = defaultdict(list)
     for each in measured_hours().values():
         by_hardware[each.hardware].append(each)
     for hardware, measured in by_hardware.items():
         total = sum(each.hours for each in measured)
-        lines.append(
-            CostLine(
-                label=f"sum of {quantity(len(measured), 'row')} with hours",
-                texts=(_hours(total), hardware, "", ""),
-            )
-        )
+        n_partial = sum(bool(each.leaves_out) for each in measured)
+        note = f", of {n_partial} only what their rows say" if n_partial else ""
+        label = f"sum of {len(measured)} of {quantity(n_built, 'row')}{note}"
+        lines.append(CostLine(label=label, texts=(_hours(total), hardware, "", "")))
     return lines
 
 
