@@ -15,7 +15,7 @@ from pathlib import Path
 from relloc import ranks
 from relloc.checkpoints import backbone_files
 from relloc.checkpoints.paths import BACKBONE_FILE, saved_milestones, saved_trainings
-from relloc.errors import CheckpointError, TrainingUnfinished, UsageError
+from relloc.errors import CheckpointError, DamagedFile, TrainingUnfinished, UsageError, reason
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.files import path_as_text
 from relloc.results import Result, append_results, read_results
@@ -33,6 +33,9 @@ from relloc.tracking import RunRecord, StoreError, sync
 from relloc.tracking.run_lock import FolderIsTaken, locked_run_folder
 from relloc.tracking.unfinished import unfinished_training
 from relloc.tracking.watched import append_watched
+
+# How often the folder of a training that has ended is asked for, where others have it each time.
+_MOST_TRIES = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class WatchedTraining:
         done: the files that were evaluated or can't be.
         steps_done: the steps of the weights that were evaluated.
         final_rows: the results of backbone.safetensors, once they were measured.
-        is_given_results: whether `final_rows` are in the training's own results.
+        is_given_results: whether `final_rows` are in the training's own results, or never will be.
+        n_taken: how often somebody else had the folder when the results were to be written.
         is_said_to_wait: whether it was printed that nobody runs it, since it last ran.
         reported: problems that were printed already.
     """
@@ -62,6 +66,7 @@ class WatchedTraining:
     steps_done: set[int] = dataclasses.field(default_factory=set)
     final_rows: list[Result] = dataclasses.field(default_factory=list)
     is_given_results: bool = False
+    n_taken: int = 0
     is_said_to_wait: bool = False
     reported: set[str] = dataclasses.field(default_factory=set)
     _steps: dict[Path, int] = dataclasses.field(default_factory=dict)
@@ -210,12 +215,14 @@ class Watch:
                 last_alive_s = time.monotonic()
             if n_evaluated:
                 continue
+            # All that a training saved has been evaluated by now.
             open_trainings = [status for status in statuses if not self._has_ended(status)]
-            if not open_trainings:
+            are_settled = self._settle_ended(statuses)
+            if not open_trainings and are_settled:
                 return set().union(*fingerprints.values())
             self._report_stopped(open_trainings)
             idle_s = time.monotonic() - last_alive_s
-            if not is_alive and idle_s >= 60 * self.watch.patience_min:
+            if not is_alive and are_settled and idle_s >= 60 * self.watch.patience_min:
                 raise self._unfinished(open_trainings)
             time.sleep(self.watch.every_s)
 
@@ -234,17 +241,18 @@ class Watch:
         return statuses
 
     def _has_ended(self, status: PointStatus) -> bool:
-        """Returns whether a training is at its end, and gives it its last results.
+        """Returns whether a training is at its end."""
+        return not _may_run(status) and self.trainings[status.point.folder].weights.exists()
 
-        All that it saved has been evaluated by then.
-        """
-        training = self.trainings[status.point.folder]
-        if _may_run(status) or not training.weights.exists():
-            return False
-        if not training.is_given_results:
-            training.is_given_results = True
-            self._give_results(training)
-        return True
+    def _settle_ended(self, statuses: Sequence[PointStatus]) -> bool:
+        """Gives trainings that have ended their last results; returns whether none lacks them."""
+        are_settled = True
+        for status in statuses:
+            training = self.trainings[status.point.folder]
+            if self._has_ended(status) and not training.is_given_results:
+                training.is_given_results = self._give_results(training)
+                are_settled = are_settled and training.is_given_results
+        return are_settled
 
     def _evaluate(self, training: WatchedTraining, checkpoint: SavedCheckpoint) -> set[str]:
         """Evaluates a checkpoint and notes the results; returns their fingerprints."""
@@ -270,20 +278,23 @@ class Watch:
             training.final_rows = rows
         try:
             append_watched(training.folder, checkpoint.step, rows)
-        except OSError as error:
+        except (OSError, DamagedFile) as error:
             training.report(
-                f"curves can't be written into {training.folder} ({error.strerror}); what was "
-                f"measured is in {self.run_dir}"
+                f"curves can't be written into {training.folder}; what was measured is in "
+                f"{self.run_dir}: {_why(error)}"
             )
         else:
             self._mirror(training)
         return fingerprints
 
-    def _give_results(self, training: WatchedTraining) -> None:
+    def _give_results(self, training: WatchedTraining) -> bool:
         """Appends the results of the final weights to those of the training that lack them.
 
-        The training has ended, so that its folder can be locked. Where somebody else has it by now,
-        the results stay in the folder of this command and in watched.jsonl.
+        The training has ended, so that its folder can be locked. Somebody else may have it, such as
+        a second command that watches the training.
+
+        Returns:
+            Whether that is settled; False asks for another try.
         """
         try:
             with locked_run_folder(training.folder):
@@ -294,15 +305,18 @@ class Watch:
                 ]
                 if missing:
                     append_results(training.folder, missing)
-        except FolderIsTaken:
-            return
-        except OSError as error:
+        except (OSError, FolderIsTaken, DamagedFile) as error:
+            if isinstance(error, FolderIsTaken):
+                training.n_taken += 1
+                if training.n_taken < _MOST_TRIES:
+                    return False
             training.report(
-                f"results can't be written into {training.folder} ({error.strerror}); they are in "
-                f"{self.run_dir}"
+                f"results can't be written into {training.folder}; they are in {self.run_dir}, "
+                f"and the same command writes them later: {_why(error)}"
             )
-            return
+            return True
         self._mirror(training)
+        return True
 
     def _mirror(self, training: WatchedTraining) -> None:
         """Sends the store of the training what it lacks of it, if the training has a store."""
@@ -340,6 +354,11 @@ class Watch:
 def _may_run(status: PointStatus) -> bool:
     """Returns whether a process has a training or will have it, as far as can be known."""
     return status.in_flight or status.status is Status.UNKNOWN
+
+
+def _why(error: Exception) -> str:
+    """Returns why a file can't be written; errors of relloc also say what to do."""
+    return str(error) if isinstance(error, UsageError) else reason(error)
 
 
 def _how_it_stands(status: PointStatus) -> str:

@@ -1,5 +1,6 @@
 """Which checkpoints of which trainings are evaluated in which order, and when that ends."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from relloc.checkpoints.states import save_training
 from relloc.errors import TrainingUnfinished, UsageError
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.small import SmallBackbone
-from relloc.results import Result, append_results, read_results
+from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import build
 from relloc.runs.checkpoint_watch import Watch, WatchedTraining
 from relloc.runs.command_settings import WatchSettings
@@ -22,8 +23,8 @@ from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, write_status
-from relloc.tracking.run_lock import locked_run_folder
-from relloc.tracking.watched import read_watched
+from relloc.tracking.run_lock import FolderIsTaken, locked_run_folder
+from relloc.tracking.watched import WATCHED_FILE, read_watched
 
 WIDTHS = [8, 8, 8, 8, 8]
 ABOUT = {
@@ -199,6 +200,53 @@ def test_a_training_that_runs_is_waited_for(
     assert looks == 9
     assert measuring.measured == [BACKBONE_FILE]
     assert read_results(training.folder) == []
+
+
+@pytest.mark.parametrize("n_taken", [1, 3, 10])
+def test_results_are_given_when_a_second_watcher_has_left_the_folder(
+    tmp_path: Path,
+    measuring: Measuring,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    n_taken: int,
+) -> None:
+    training = Training(tmp_path / "one").finish(4)
+    tries = 0
+
+    def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+        nonlocal tries
+        tries += 1
+        if tries <= n_taken:
+            raise FolderIsTaken("another has it")
+        return locked_run_folder(folder)
+
+    monkeypatch.setattr("relloc.runs.checkpoint_watch.locked_run_folder", locked)
+    watch(measuring, training.folder).to_the_end()
+    # After ten tries that is reported, and the command ends.
+    is_given_up = n_taken == 10
+    assert tries == (10 if is_given_up else n_taken + 1)
+    assert len(read_results(training.folder)) == (0 if is_given_up else 1)
+    assert ("another has it" in capsys.readouterr().out) == is_given_up
+
+
+@pytest.mark.parametrize("name", [WATCHED_FILE, RESULTS_FILE])
+def test_a_damaged_file_of_a_training_does_not_end_the_others(
+    tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    damaged = Training(tmp_path / "damaged").save(2, "epoch_2").finish(4)
+    (damaged.folder / name).write_text('{"step": "x"}\n')
+    whole = Training(tmp_path / "whole").finish(4)
+    watch(measuring, damaged.folder, whole.folder).to_the_end()
+    assert measuring.measured.count("epoch_2.pt") == 1
+    assert steps(whole) == [4]
+    assert len(read_results(whole.folder)) == 1
+    assert capsys.readouterr().out.count(f"{name} line 1") == 1
+
+    # Once it is mended, the same command writes what it lacks.
+    (damaged.folder / name).unlink()
+    watch(measuring, damaged.folder, whole.folder).to_the_end()
+    assert set(steps(damaged)) == {2, 4}
+    assert len(set(read_results(damaged.folder))) == 1
 
 
 def test_a_silent_scheduler_is_reported_once_and_asked_again(
