@@ -12,6 +12,7 @@ from torch.nn.functional import l1_loss
 from relloc import checks
 from relloc.errors import UsageError
 from relloc.geometry import PatchGrid
+from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
 from relloc.patches.rotation import N_TURNS
 from relloc.pretext.questions import Cells, Questions
@@ -48,6 +49,36 @@ def with_answers(
             f"pairs= is about {questions.n_patches}: give other pairs, or pretext_answers=classes"
         )
     return OffsetRegression(questions=questions, grid=patches.grid)
+
+
+def check_distances(questions: Questions, patches: TrainingPatches) -> None:
+    """Checks that a training of `OffsetRegression` can be scored in cells of one grid.
+
+    Raises:
+        UsageError: the jitter moves a patch nearer to the place of another cell, or a curriculum
+            changes the grid. Other questions are not concerned.
+    """
+    if not isinstance(questions, OffsetRegression):
+        return
+    grid = questions.grid
+    furthest_px = 0 if grid.yoked_jitter else grid.jitter_width
+    if 2 * furthest_px >= grid.pitch_px:
+        raise UsageError(
+            f"pretext_answers=regression: grid.jitter_px={grid.jitter_px} moves two patches up to "
+            f"{furthest_px} px nearer or further apart, half of the {grid.pitch_px} px between "
+            "cells or more, so that a right answer may be nearest to another cell: give a smaller "
+            "grid.jitter_px or a larger grid.gap_px"
+        )
+    if patches.curriculum is None:
+        return
+    first = patches.curriculum.first_grid(grid)
+    if (first.gap_px, first.jitter_range) != (grid.gap_px, grid.jitter_range):
+        raise UsageError(
+            f"pretext_answers=regression with curriculum.gap_px={patches.curriculum.gap_px} and "
+            f"curriculum.jitter_px={patches.curriculum.jitter_px}: accuracy, and the loss of "
+            "guessing, are those of one grid, and the curriculum changes it. Set both to null, or "
+            "leave out one of the two settings"
+        )
 
 
 class _Same:

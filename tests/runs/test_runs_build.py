@@ -24,6 +24,8 @@ from relloc.runs.build import refusals
 from relloc.runs.data_sets import DataSet
 from relloc.runs.settings import conf_dir
 
+WIDE_JITTER = ["grid.gap_px=64", "grid.jitter_px=[0,64]"]
+
 
 def composed(command: str, *words: str) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -80,6 +82,8 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
             ["recipe.images_per_batch_norm=1", "grid.patch_px=16", "model=resnet18"],
             "recipe.images_per_batch_norm=1",
         ),
+        (["pretext_answers=regression", "grid.patch_px=32", *WIDE_JITTER], "64 px nearer"),
+        (["pretext_answers=regression", "curriculum=linear"], "curriculum.gap_px=8"),
         (["data=imagenette"], "data.root is not set"),
         (
             ["eval=voc07_svm", "eval.voc07_svm.data.root=nowhere"],
@@ -120,6 +124,11 @@ def test_nothing_is_said_against_what_can_run(tmp_path: Path) -> None:
     assert said_of("train") is None
     assert said_of("train", "grid.gap_px=39", "model=resnet18", "device=cuda", "color=drop") is None
     assert said_of("train", "data=folder", f"data.root={tmp_path}") is None
+    # Only patches that are moved apart by the jitter may be nearest to another cell.
+    of_distance = ("pretext_answers=regression", "grid.patch_px=32")
+    assert said_of("train", *of_distance, *WIDE_JITTER, "grid.yoked_jitter=true") is None
+    of_colors = ("curriculum.treated=0", "curriculum.gap_px=null", "curriculum.jitter_px=null")
+    assert said_of("train", *of_distance, "curriculum=linear", *of_colors) is None
     assert (
         said_of("train", "data=imagenette", f"data.root={tmp_path / 'new'}") is None
     )  # it is downloaded there
