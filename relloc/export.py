@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file_name = terminal.escaped(str(out))
     print(f"{file_name}: {model} in {layout}'s layout\n\n{settings}\n")
     if own_strides:
-        print(f"{strides_advice(layout, model, own_strides)}\n")
+        is_recalibrated = calibration is not None
+        about_strides = strides_advice(layout, model, own_strides, is_recalibrated=is_recalibrated)
+        print(f"{about_strides}\n")
     print(f"Statistics of batch norm: {terminal.escaped(statistics)}\n")
     # The file can be evaluated like any other, which is the quickest check that it is right.
     checkpoint = shlex.quote(f"checkpoint={out}")

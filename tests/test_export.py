@@ -18,7 +18,7 @@ from relloc.export import main
 from relloc.features.source import EncodeConfig
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
-from relloc.runs.recalibrating import settings_of_words
+from relloc.runs.recalibrating import ENTRY, Recalibration, settings_of_words
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,32 @@ def test_recalibrated_statistics_are_those_of_whole_images_and_weights_stay(
     torch.testing.assert_close(weights["bn1.running_var"], variance)
     for name, value in backbone.named_parameters():
         assert torch.equal(weights[name], value)
+
+
+def test_no_strides_are_advised_that_recalibrated_statistics_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = finer_file(tmp_path, last_stride=1)
+    line = (file, "--layout", "torchvision", "--out", tmp_path / "x.pth", "--recalibrate", *PHOTOS)
+    assert export(*line) == 0
+    text = capsys.readouterr().out
+    assert "last_stride=1" in text
+    assert "stride = " not in text
+
+
+def test_a_file_of_other_statistics_is_not_taken_for_that_of_a_recalibration(
+    backbone: ResNetBackbone, tmp_path: Path
+) -> None:
+    settings = settings_of_words(PHOTOS)
+    recalibration = Recalibration(
+        backbone=backbone, images=settings.data.read().train, settings=settings
+    )
+    file = tmp_path / "x.safetensors"
+    save_backbone(file, backbone, {ENTRY: {**recalibration.about, "images": 16}})
+    assert recalibration.is_in(file)
+    for of_others in ({"version": 0}, {"decode": "other"}, {"strides": "as_trained"}):
+        save_backbone(file, backbone, {ENTRY: {**recalibration.about, **of_others}})
+        assert not recalibration.is_in(file)
 
 
 @pytest.mark.parametrize(

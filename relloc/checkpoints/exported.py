@@ -131,18 +131,23 @@ def advice(
     return _TORCHVISION.format(**numbers, arguments=arguments, fc=fc, load=load)
 
 
-def strides_advice(layout: str, model: str, own_strides: str) -> str:
+def strides_advice(
+    layout: str, model: str, own_strides: str, *, is_recalibrated: bool = False
+) -> str:
     """Returns what to know of a file whose network was trained with strides of its own.
 
     Args:
         layout: one of `SUFFIXES`.
         model: one of `DEPTHS`.
         own_strides: the settings of these strides, such as "last_stride=1 stem=stride_1".
+        is_recalibrated: whether batch norm was recalibrated, which is done with standard strides.
     """
     text = (
         f"It was trained with {own_strides}. Strides are not in the file: the network that loads "
         "it has the standard ones, as relloc.evaluate with strides=standard."
     )
+    if is_recalibrated:
+        return f"{text} The statistics of batch norm were estimated with these, and fit no others."
     if layout != "torchvision":
         return text
     lines = [f"{text} Its own:"]

@@ -10,6 +10,9 @@ from relloc.data.views import View
 from relloc.features.source import EncodeConfig, SeededIndex
 from relloc.seeds import Use, seed_for
 
+# Enters fingerprints. To raise when other images are drawn to recalibrate batch norm on.
+CALIBRATION_VERSION = 2
+
 
 def calibration_keys(
     indices: Sequence[int], *, n_images: int, size: int, seed: int

@@ -21,6 +21,7 @@ from relloc import ranks
 from relloc.data.image_set import ImageSet, Splits, hash_lines
 from relloc.data.lists import MultiLabeled
 from relloc.data.unnamed import UNNAMED
+from relloc.evaluation.calibration import CALIBRATION_VERSION
 from relloc.evaluation.contract import (
     BATCH_NORMS,
     Context,
@@ -47,8 +48,6 @@ from relloc.features.source import (
 from relloc.models.backbone import Backbone
 from relloc.results import Result, Score, folder_of_files
 
-# Enters fingerprints. To raise when other images are drawn to recalibrate batch norm on.
-_CALIBRATION_VERSION = 2
 # The features of evaluations that read none.
 NO_FEATURES = Bank(
     features={},
@@ -129,7 +128,7 @@ def fingerprint(
     # is done in batches of the evaluation's own.
     calibration = ()
     if batch_norm == "recalibrated":
-        calibration = (_CALIBRATION_VERSION, settings.calibration_images)
+        calibration = (CALIBRATION_VERSION, settings.calibration_images)
         if evaluation.calibrates_in_shared_batches:
             calibration = (*calibration, settings.encode_config.batch)
         # Of most evaluations it is 0, which their results on disk were hashed without.

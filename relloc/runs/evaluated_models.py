@@ -23,6 +23,7 @@ from relloc.checkpoints.fitting import fill
 from relloc.checkpoints.hashed_files import check_hash
 from relloc.errors import CheckpointError, UsageError, reason
 from relloc.evaluation.contract import EvaluatedModel
+from relloc.evaluation.strides import strides_of
 from relloc.files import path_as_text
 from relloc.models.backbone import Backbone
 from relloc.models.described import described_backbone
@@ -134,7 +135,28 @@ def _from_file(settings: Evaluating, checkpoint: str) -> tuple[EvaluatedModel, _
     backbone = architecture.make_backbone(settings.seed)
     fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})")
     details = _recalibrated_on(about)
+    if details and backbone.own_strides:
+        details = tuple(f"{detail}, with the standard strides" for detail in details)
+        _warn_of_strides(settings, file, backbone)
     return make_evaluated_model(backbone, str(file), architecture.name, details), architecture
+
+
+def _warn_of_strides(settings: Evaluating, file: Path, backbone: Backbone) -> None:
+    """Warns where recalibrated statistics are used with strides that they were not estimated with.
+
+    `Recalibration` estimates them with the standard strides.
+    """
+    # What is recalibrated again does not use those of the file.
+    if "as_trained" not in settings.batch_norms:
+        return
+    for chosen in settings.evaluations:
+        if "as_trained" in strides_of(chosen.group, settings.strides):
+            console.print_message(
+                f"{file}: its batch norm was recalibrated with the standard strides, which does "
+                f"not fit {chosen.group}.{chosen.name} with strides=as_trained "
+                f"({backbone.own_strides}): give batch_norm=recalibrated, or strides=standard"
+            )
+            return
 
 
 def _recalibrated_on(about: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from relloc.checkpoints.backbone_files import digest, load_backbone
 from relloc.data.image_set import ImageSet
 from relloc.errors import CheckpointError, DataError, UsageError
-from relloc.evaluation.calibration import calibration_batches
+from relloc.evaluation.calibration import CALIBRATION_VERSION, calibration_batches
 from relloc.evaluation.strides import in_strides
 from relloc.features.batch_norm import has_batch_norm, recalibrate
 from relloc.models.backbone import Backbone
@@ -58,6 +58,9 @@ class Recalibration:
             "calibration_images": self.settings.calibration_images,
             "batch": self.settings.view_batch,
             "seed": self.settings.seed,
+            "decode": self.settings.decode,
+            "version": CALIBRATION_VERSION,
+            "strides": "standard",
         }
 
     def run(self, engine: Engine) -> tuple[Backbone, dict[str, Any]]:

@@ -24,6 +24,7 @@ from relloc.runs.command_settings import Evaluating
 from relloc.runs.evaluated_models import evaluated_models, supervised_weights
 from relloc.runs.evaluating import _refuse_all_without_head, check_networks
 from relloc.runs.naming import evaluation_name
+from relloc.runs.recalibrating import ENTRY
 from relloc.runs.settings import conf_dir
 
 RESNET_18 = {
@@ -149,6 +150,26 @@ def test_random_weights_beside_a_file_have_its_width_and_strides(
     for model in (file, random):
         assert model.model == "resnet18 width=0.125"
         assert model.backbone.own_strides == "last_stride=1"
+
+
+def test_recalibrated_statistics_name_the_strides_that_they_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finer = {**RESNET_18["backbone"], "width": 0.125, "last_stride": 1}
+    trained = ResNetBackbone(depth=18, width=0.125, last_stride=1)
+    about = {
+        "model": {**RESNET_18, "backbone": finer},
+        ENTRY: {"images": 32, "dataset": "photos"},
+    }
+    save_backbone(tmp_path / BACKBONE_FILE, trained, about)
+    words = (f"checkpoint={tmp_path}", "eval=[knn]")
+    (detail,) = named(composed(*words)).details
+    assert "32 images" in detail
+    assert "standard strides" in detail
+    named(composed(*words, "strides=as_trained", "batch_norm=recalibrated"))
+    assert "strides=as_trained" not in capsys.readouterr().out
+    named(composed(*words, "strides=as_trained"))
+    assert "strides=as_trained" in capsys.readouterr().out
 
 
 def test_our_run_folder_is_the_same_subject_as_the_same_weights_elsewhere(
