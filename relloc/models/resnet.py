@@ -67,6 +67,8 @@ class ResNetBackbone(Backbone, ResNet):
         width: float = 1,
     ) -> None:
         checks.one_of("model.backbone.depth", depth, sorted(_ARCHITECTURES))
+        # True counts as 1 among the choices, and PyTorch takes no such stride.
+        checks.whole("model.backbone.last_stride", last_stride)
         checks.one_of("model.backbone.last_stride", last_stride, (1, 2))
         checks.one_of("model.backbone.stem", stem, STEMS)
         stem_channels = _checked_stem_channels(width)

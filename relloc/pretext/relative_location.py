@@ -63,8 +63,8 @@ class RelativeLocation(nn.Module):
         checks.one_of("pretext_batch_norm", batch_norm, BATCH_NORMS)
         if batch_norm == "separate" and not questions.have_center:
             raise UsageError(
-                "pretext_batch_norm=separate keeps centers apart from neighbors, and with these "
-                "pairs a patch is both: give pretext_batch_norm=joint, or cell"
+                "pretext_batch_norm=separate normalizes centers apart from neighbors, and is for "
+                "pairs=center alone: give pretext_batch_norm=joint, or cell"
             )
         self.backbone = backbone
         self.head = head

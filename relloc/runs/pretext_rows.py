@@ -35,17 +35,20 @@ def measure_pretext(training: Training, folder: RunFolder) -> None:
         return
     network = training.task.model
     center = about_center(network)
+    # A network is asked as at the end of its curriculum.
+    curriculum = training.settings.training_patches.curriculum
+    as_asked = "as in training" if curriculum is None else "as at the end of training"
     rows = []
     if center is not None:
         patches = training.settings.patches.about_center
         row = _measure(training, folder, center, CENTER_PAIRS, patches)
-        how = "center crop, eight pairs with the center, jitter and colors as in training"
+        how = f"center crop, eight pairs with the center, jitter and colors {as_asked}"
         rows.append(dataclasses.replace(row, headline=True, details=(how, *row.details)))
     if center is not network:
         questions = network.questions
         row = _measure(training, folder, network, questions, training.settings.patches)
         chance = f"chance is {questions.chance_percent:.1f} %"
-        how = f"center crop, {questions.n_questions} questions, jitter and colors as in training"
+        how = f"center crop, {questions.n_questions} questions, jitter and colors {as_asked}"
         of_trained = dataclasses.replace(
             row,
             metric="top1_trained",

@@ -206,6 +206,7 @@ def test_a_resnet50_has_4_billion_multiplications_as_published() -> None:
     ("settings", "setting"),
     [
         ({"last_stride": 3}, r"model\.backbone\.last_stride is 3"),
+        ({"last_stride": True}, r"model\.backbone\.last_stride is True"),
         ({"stem": "small"}, r"model\.backbone\.stem is small"),
         ({"width": 0.01}, r"model\.backbone\.width is 0\.01"),
         ({"width": 0.03125}, r"model\.backbone\.width is 0\.03125"),
