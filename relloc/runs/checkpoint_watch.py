@@ -57,6 +57,7 @@ class WatchedTraining:
         final_rows: the results of backbone.safetensors, once they were measured.
         is_given_results: whether `final_rows` are in the training's own results, or never will be.
         n_taken: how often somebody else had the folder when the results were to be written.
+        refusal: why its networks can't be evaluated with the settings, if they can't.
         is_said_to_wait: whether it was printed that nobody runs it, since it last ran.
         reported: problems that were printed already.
     """
@@ -67,6 +68,7 @@ class WatchedTraining:
     final_rows: list[Result] = dataclasses.field(default_factory=list)
     is_given_results: bool = False
     n_taken: int = 0
+    refusal: UsageError | None = None
     is_said_to_wait: bool = False
     reported: set[str] = dataclasses.field(default_factory=set)
     _steps: dict[Path, int] = dataclasses.field(default_factory=dict)
@@ -194,6 +196,7 @@ class Watch:
 
         Raises:
             TrainingUnfinished: a training is not at its end, and none has run for a while.
+            UsageError: no training has networks that can be evaluated with the settings.
         """
         fingerprints: dict[Path, set[str]] = {}
         last_alive_s = time.monotonic()
@@ -227,11 +230,25 @@ class Watch:
             time.sleep(self.watch.every_s)
 
     def _statuses(self) -> list[PointStatus]:
-        """Returns how the trainings stand now, those of sweeps that got more points included."""
-        points: list[Point] = self.watch.trainings()
-        for point in points:
-            if point.folder not in self.trainings:
-                self.trainings[point.folder] = WatchedTraining(folder=point.folder)
+        """Returns how the trainings stand now, those of sweeps that got more points included.
+
+        Trainings that were refused are left out.
+
+        Raises:
+            UsageError: all trainings were refused.
+        """
+        points: list[Point] = []
+        refused = []
+        for point in self.watch.trainings():
+            training = self.trainings.setdefault(point.folder, WatchedTraining(folder=point.folder))
+            if training.refusal:
+                refused.append(training)
+            else:
+                points.append(point)
+        for training in refused:
+            if training.refusal and not points:
+                raise training.refusal
+            training.report(f"{training.refusal}. {training.folder} is left out")
         statuses, problems = point_statuses_and_problems(points)
         # A cluster that does not answer leaves the status unknown, and is asked again.
         for problem in problems:
@@ -259,10 +276,14 @@ class Watch:
         path = checkpoint.path
         try:
             model = saved_model(self.settings, path)
+            check_networks([model], self.settings)
         except CheckpointError as error:
             training.leave_out(path, str(error))
             return set()
-        check_networks([model], self.settings)
+        except UsageError as error:
+            # The settings may fit other trainings; all networks of this one are alike.
+            training.refusal = error
+            return set()
         console.print_message(f"watch   {training.folder.name} after step {checkpoint.step}")
         fingerprints = self.measure(model)
         training.done.add(path)

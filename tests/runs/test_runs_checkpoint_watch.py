@@ -16,7 +16,7 @@ from relloc.models.small import SmallBackbone
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import build
 from relloc.runs.checkpoint_watch import Watch, WatchedTraining
-from relloc.runs.command_settings import WatchSettings
+from relloc.runs.command_settings import Evaluating, WatchSettings
 from relloc.runs.settings import compose
 from relloc.status import Status
 from relloc.sweeps.point_status import PointStatus
@@ -247,6 +247,29 @@ def test_a_damaged_file_of_a_training_does_not_end_the_others(
     watch(measuring, damaged.folder, whole.folder).to_the_end()
     assert set(steps(damaged)) == {2, 4}
     assert len(set(read_results(damaged.folder))) == 1
+
+
+def test_a_training_whose_network_an_evaluation_refuses_is_left_out(
+    tmp_path: Path,
+    measuring: Measuring,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def check(models: list[EvaluatedModel], _settings: Evaluating) -> None:
+        if "refused" in models[0].checkpoint:
+            raise UsageError("another model= is needed")
+
+    monkeypatch.setattr("relloc.runs.checkpoint_watch.check_networks", check)
+    refused = Training(tmp_path / "refused").save(2, "epoch_2").finish(4)
+    fits = Training(tmp_path / "fits").finish(4)
+    watch(measuring, refused.folder, fits.folder).to_the_end()
+    assert measuring.measured == [BACKBONE_FILE]
+    assert steps(fits) == [4]
+    assert steps(refused) == []
+    assert capsys.readouterr().out.count(f"{refused.folder} is left out") == 1
+    # Where there is no other, that is the error of the command.
+    with pytest.raises(UsageError, match="model="):
+        watch(measuring, refused.folder).to_the_end()
 
 
 def test_a_silent_scheduler_is_reported_once_and_asked_again(
