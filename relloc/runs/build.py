@@ -46,7 +46,7 @@ from relloc.runs.engine import EngineSettings
 from relloc.runs.instantiation import call
 from relloc.runs.renamed import refuse_old_names
 from relloc.runs.run_settings import DECODES, ChosenEvaluation
-from relloc.runs.settings import EVALUATION_GROUPS, conf_dir, plain, resolved
+from relloc.runs.settings import EVALUATION_GROUPS, conf_dir, content_of, plain, resolved
 from relloc.tracking import absolute_uri, experiment_name, flatten, import_driver
 
 
@@ -131,14 +131,7 @@ def evaluating(config: DictConfig) -> Evaluating:
     """Builds what relloc.evaluate runs. Raises what `pretraining` raises."""
     given = resolved(config)
     # relloc.study and earlier configs have no such setting.
-    watched = given.get("watch")
-    watch = None
-    if watched is not None:
-        watch = WatchSettings(
-            names=watched if isinstance(watched, list) else [watched],
-            every_s=given["watch_every_s"],
-            patience_min=given["watch_patience_min"],
-        )
+    watch = _watch(given) if "watch" in given else None
     named: Any = []
     # Reading a checkpoint that is not set raises Hydra's own error, which names the setting.
     if watch is None or not OmegaConf.is_missing(config, "checkpoint"):
@@ -151,6 +144,29 @@ def evaluating(config: DictConfig) -> Evaluating:
         model=_model(given["model"]) if given.get("model") else None,
         verdict=given["verdict"],
     )
+
+
+def _watch(given: Mapping[str, Any]) -> WatchSettings | None:
+    """Returns which trainings are watched and how, or None where `checkpoint=` names weights.
+
+    Raises:
+        UsageError: a setting is wrong, or would change nothing.
+    """
+    watched = given["watch"]
+    if watched is not None:
+        return WatchSettings(
+            names=watched if isinstance(watched, list) else [watched],
+            every_s=given["watch_every_s"],
+            patience_min=given["watch_patience_min"],
+        )
+    by_default = content_of("evaluate")
+    for name in ("watch_every_s", "watch_patience_min"):
+        if given[name] != by_default[name]:
+            raise UsageError(
+                f"{name}={given[name]} would change nothing without a training that is watched: "
+                "leave it out, or give watch=RUN_FOLDER in place of checkpoint="
+            )
+    return None
 
 
 def preparing(config: DictConfig) -> Preparing:

@@ -168,7 +168,8 @@ class WatchSettings:
             raise UsageError(
                 f"watch={self.names} names no training: give the run folder of one, or a sweep"
             )
-        checks.number("watch_every_s", self.every_s, at_least=0, at_most=_DAY_S)
+        # Without a pause, files and schedulers would be asked all the time.
+        checks.number("watch_every_s", self.every_s, above=0, at_most=_DAY_S)
         checks.number("watch_patience_min", self.patience_min, at_least=0, at_most=math.inf)
 
     def trainings(self) -> list[Point]:

@@ -107,7 +107,7 @@ def measuring(tmp_path: Path) -> Measuring:
 def watch(measuring: Measuring, *names: Path) -> Watch:
     words = [
         f"watch=[{','.join(map(str, names))}]",
-        "watch_every_s=0",
+        "watch_every_s=0.001",
         "watch_patience_min=0",
         "eval=[knn]",
         "view={short_px: 64, crop_px: 56}",
