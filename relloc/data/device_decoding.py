@@ -7,8 +7,11 @@ libjpeg itself. The squares are those that Pillow would cut (`relloc.data.resamp
 
 import contextlib
 import functools
+import io
 import queue
-from collections.abc import Callable, Iterable, Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from relloc.data.cuts import Cut
 from relloc.data.handing_over import answer_with, memory_to_hand_over, own_memory, received
-from relloc.data.loader import ImageBatch
+from relloc.data.loader import ImageBatch, Sample
 from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.resampling import ImageTensor, squares
 from relloc.data.undecoded import (
@@ -28,6 +32,7 @@ from relloc.data.undecoded import (
     UndecodedSamples,
     write_undecoded,
 )
+from relloc.errors import UsageError, reason
 
 # Axes of a tensor (color, row, column) to mirror, after rows and columns were swapped or not
 _TURNED: dict[Image.Transpose, tuple[bool, tuple[int, ...]]] = {
@@ -41,6 +46,10 @@ _TURNED: dict[Image.Transpose, tuple[bool, tuple[int, ...]]] = {
 }
 
 _BATCHES_AT_ONCE = 2  # that are made beside what is computed of earlier ones
+# Rows of results name the device's decoder, which then has to have decoded nearly all images. The
+# share is of those so far, and says little while only a few have failed.
+_MOST_FAILED = 0.1
+_FEW_FAILED = 100
 
 
 def load_to_device(
@@ -63,6 +72,7 @@ def load_to_device(
     Raises:
         Interrupted: a worker was killed.
         NoImagesCame: the run was asked to stop, and no images came.
+        UsageError: the device can't decode JPEGs, or not enough of these.
     """
     decode = BatchDecoder(samples, device)
     with contextlib.ExitStack() as until_read:
@@ -99,59 +109,82 @@ class BatchDecoder:
 
     An image that the device can't decode is decoded on the CPU from its own file, as if there was
     no device: it may be readable there, or be reported as unreadable, or be replaced.
+
+    Raises (from calls, too):
+        UsageError: the device can't decode JPEGs, or not enough of these.
     """
 
     def __init__(self, samples: UndecodedSamples, device: torch.device) -> None:
         self._samples = samples
         self._device = device
-        # Beside the stream of what is computed of earlier batches; each thread takes one.
-        self._streams: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        if device.type == "cuda":
-            for _ in range(_BATCHES_AT_ONCE):
-                self._streams.put(torch.cuda.Stream(device))
+        # How many JPEGs were sent, and how many of them only the CPU could decode
+        self._n_jpegs = 0
+        self._n_failed = 0
+        self._counting = threading.Lock()
+        with self._own_stream():
+            self._check_device()
 
     def __call__(self, message: UndecodedMessage, content: Bytes) -> ImageBatch:
-        if self._device.type != "cuda":
+        with self._own_stream():
             return self._batch(message, content)
-        stream = self._streams.get()
+
+    @contextlib.contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Runs the block on a stream beside that of what is computed of earlier batches."""
+        if self._device.type != "cuda":
+            yield
+            return
+        streams = _streams_of(self._device)
+        stream = streams.get()
         try:
             with torch.cuda.stream(stream):
-                batch = self._batch(message, content)
+                yield
+        finally:
             # Then all streams may read the batch, and the next one may be decoded: nvJPEG, on a
             # stream of its own, writes to memory that this one has freed, whether or not it still
             # reads there.
-            stream.synchronize()
-        finally:
-            self._streams.put(stream)
-        return batch
+            try:
+                stream.synchronize()
+            finally:
+                streams.put(stream)
 
     def _batch(self, message: UndecodedMessage, content: Bytes) -> ImageBatch:
         images = self._images(message, content)
-        decoded = [image for image in images if image is not None]
-        cuts = []
-        for sent, image in zip(message.images, images, strict=True):
-            if image is not None:
+        decoded: list[ImageTensor] = []
+        cuts: list[Cut] = []
+        on_cpu: dict[int, Sample] = {}
+        for place, (sent, image) in enumerate(zip(message.images, images, strict=True)):
+            if image is None:
+                on_cpu[place] = self._samples[sent.key]
+            else:
+                decoded.append(image)
                 cuts.append(sent.cut)
-        rows = list(squares(decoded, cuts)) if decoded else []
+        self._count(message, on_cpu)
 
-        # What the device could not decode is decoded here, and takes its place in the order.
         unreadable = dict(message.unreadable)
-        remaining = iter(rows)
-        rows_in_order = []
-        indices = []
-        for sent, image in zip(message.images, images, strict=True):
-            if image is not None:
-                rows_in_order.append(next(remaining))
-                indices.append(sent.index)
-                continue
-            sample = self._samples[sent.key]
-            unreadable.update(sample.unreadable)
-            if sample.pixels is not None:
-                pixels = torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1)
-                rows_in_order.append(pixels.to(self._device))
-                indices.append(sample.index)
+        if decoded and not on_cpu:
+            pixels = squares(decoded, cuts)
+            indices = [sent.index for sent in message.images]
+        else:
+            # What was decoded on the CPU takes its place in the order.
+            remaining = iter(squares(decoded, cuts) if decoded else ())
+            rows = []
+            indices = []
+            for place, sent in enumerate(message.images):
+                sample = on_cpu.get(place)
+                if sample is None:
+                    rows.append(next(remaining))
+                    indices.append(sent.index)
+                    continue
+                unreadable.update(sample.unreadable)
+                if sample.pixels is not None:
+                    row = torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1)
+                    rows.append(row.to(self._device))
+                    indices.append(sample.index)
+            pixels = _stacked(rows, self._device)
         return ImageBatch(
-            pixels=_stacked(rows_in_order, self._device),
+            # This copies only what was stacked here.
+            pixels=pixels.contiguous(memory_format=torch.channels_last),
             indices=torch.tensor(indices, dtype=torch.int64),
             unreadable=unreadable,
         )
@@ -181,22 +214,103 @@ class BatchDecoder:
                 images.append(_upright(image, sent))
         return images
 
-    def _decoded(self, jpegs: list[Bytes]) -> list[ImageTensor | None]:
+    def _decoded(self, jpegs: list[Bytes]) -> Sequence[ImageTensor | None]:
         """Returns images as they are stored; None for those that can't be decoded."""
         if not jpegs:
             return []
         try:
-            return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=self._device)  # pyright: ignore[reportReturnType] - a list for a list
-        except torch.OutOfMemoryError:
+            return self._decoded_at_once(jpegs)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except RuntimeError:
+            # It may also be the device that fails, and would do so for each of them.
+            self._check_device()
             if len(jpegs) == 1:
                 return [None]
         # One of them fails the whole batch.
-        images = []
+        images: list[ImageTensor | None] = []
         for jpeg in jpegs:
             images += self._decoded([jpeg])
         return images
+
+    def _decoded_at_once(self, jpegs: list[Bytes]) -> list[ImageTensor]:
+        """Returns images as they are stored.
+
+        Raises:
+            torch.OutOfMemoryError: the device's memory is too small.
+            RuntimeError: one of them can't be decoded, or the device fails.
+        """
+        try:
+            return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=self._device)  # pyright: ignore[reportReturnType] - a list for a list
+        except RuntimeError as error:
+            # torchvision's decode_jpegs_cuda.cpp raises all errors anew, as plain RuntimeErrors.
+            if "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+
+    def _check_device(self) -> None:
+        """Decodes a JPEG that is certainly whole.
+
+        Raises:
+            UsageError: the device can't do that.
+        """
+        try:
+            self._decoded_at_once([_whole_jpeg()])
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError as error:
+            raise UsageError(
+                f"decode=device, but {self._device} can't decode JPEGs ({reason(error)}): give "
+                "decode=cpu, or install a torchvision that was built with nvJPEG"
+            ) from error
+
+    def _count(self, message: UndecodedMessage, on_cpu: Mapping[int, Sample]) -> None:
+        """Counts JPEGs that were sent, and those among `on_cpu` that only the CPU could decode.
+
+        Raises:
+            UsageError: the latter are too many.
+        """
+        n_failed = 0
+        for place, sample in on_cpu.items():
+            # Another index is that of an image that replaces one which can't be read at all.
+            if sample.pixels is not None and sample.index == message.images[place].index:
+                n_failed += 1
+        # Two threads make batches.
+        with self._counting:
+            self._n_jpegs += sum(sent.pixels_size is None for sent in message.images)
+            self._n_failed += n_failed
+            n_jpegs, n_all_failed = self._n_jpegs, self._n_failed
+        if n_all_failed > max(_FEW_FAILED, _MOST_FAILED * n_jpegs):
+            raise UsageError(
+                f"decode=device, but {self._device} can't decode {n_all_failed} of {n_jpegs} "
+                "JPEGs, which the CPU can: give decode=cpu"
+            )
+        if n_failed:
+            # The same text each time, so that Python shows it once.
+            warnings.warn(
+                f"JPEGs that {self._device} can't decode are decoded on the CPU", stacklevel=2
+            )
+
+
+@functools.cache
+def _streams_of(device: torch.device) -> "queue.SimpleQueue[torch.cuda.Stream]":
+    """Returns the streams of a device that are free, one for each thread that makes batches.
+
+    Memory that a stream has freed is used again by that stream alone. So all loaders of a process
+    share these, or each would reserve memory anew.
+    """
+    streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
+    for _ in range(_BATCHES_AT_ONCE):
+        streams.put(torch.cuda.Stream(device))
+    return streams
+
+
+@functools.cache
+def _whole_jpeg() -> Bytes:
+    """Returns a small JPEG of the kind that all decoders take."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
 def _upright(image: ImageTensor, sent: SentImage) -> ImageTensor:
@@ -209,7 +323,7 @@ def _upright(image: ImageTensor, sent: SentImage) -> ImageTensor:
 
 
 def _stacked(rows: list[ImageTensor], device: torch.device) -> UInt8[Tensor, "b 3 s s"]:
-    """Returns squares as a batch, in memory with channels last."""
+    """Returns squares as a batch, which may be empty."""
     if not rows:
         return torch.empty(0, 3, 0, 0, dtype=torch.uint8, device=device)
-    return torch.stack(rows).contiguous(memory_format=torch.channels_last)
+    return torch.stack(rows)

@@ -18,6 +18,7 @@ from relloc.geometry import Pair
 ImageTensor = UInt8[Tensor, "3 _h _w"]
 
 # float32 values that resampling takes at once: 2 GB, which holds 256 photographs of 500 x 400 px.
+# `relloc.data.device_decoding` has two threads, each of which takes so many.
 _MOST_VALUES = 500_000_000
 # Bits behind the point of Pillow's weights (PRECISION_BITS in libImaging/Resample.c), and how many
 # of them the first of the two parts has that a weight is divided into
@@ -53,7 +54,8 @@ class _Weights(NamedTuple):
 def squares(images: Sequence[ImageTensor], cuts: Sequence[Cut]) -> UInt8[Tensor, "b 3 s s"]:
     """Returns the squares of images, which lie on one device and may have different sizes.
 
-    All cuts are of one view: they have as many steps, and end in squares of one size.
+    All cuts are of one view: they have as many steps, and end in squares of one size. The result
+    lies in memory with channels last.
     """
     n_steps = len(cuts[0].steps)
     resampled = list(images)
@@ -61,7 +63,10 @@ def squares(images: Sequence[ImageTensor], cuts: Sequence[Cut]) -> UInt8[Tensor,
     with torch.autocast(images[0].device.type, enabled=False):
         for number in range(n_steps):
             resampled = _all_resampled(resampled, [cut.steps[number] for cut in cuts])
-    batch = torch.stack(resampled)
+    # With channels last from the beginning, so that no later copy has to move them.
+    batch = torch.stack([image.permute(1, 2, 0) for image in resampled]).permute(0, 3, 1, 2)
+    if not any(cut.mirrored for cut in cuts):
+        return batch
     mirrored = torch.tensor([cut.mirrored for cut in cuts]).to(batch.device)
     return torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
 

@@ -1,5 +1,6 @@
 """Images that are decoded on a device, here the CPU, against those that worker processes decode."""
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from relloc.data.shards import shards
 from relloc.data.subsets import Subset
 from relloc.data.undecoded import UndecodedSamples
 from relloc.data.views import Center, CutView, RandomResized, Squash, Views
+from relloc.errors import UsageError
 from relloc.geometry import Area, PatchGrid, ShortSide
 from relloc.seeds import Use
 
@@ -185,27 +187,120 @@ def test_what_a_device_fails_at_is_decoded_on_the_cpu(
 
     def fails_at_turned(jpegs: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
         asked.append(len(jpegs))
-        if any(as_jpeg(each.numpy().tobytes()).transposition for each in jpegs):  # type: ignore[union-attr]
-            raise RuntimeError("nvjpegDecode failed")
+        for each in jpegs:
+            found = as_jpeg(each.numpy().tobytes())
+            if isinstance(found, Jpeg) and found.transposition is not None:
+                raise RuntimeError("nvjpegDecode failed")
         decoded = [decode(each, **options) for each in jpegs]
         return [each[:, :30] if each.shape[1] == 40 else each for each in decoded]
 
-    decode = device_decoding.decode_jpeg
+    decode: Any = device_decoding.decode_jpeg
     monkeypatch.setattr(device_decoding, "decode_jpeg", fails_at_turned)
-    both(samples, keys_of(len(images), 30))
-    # First all at once, then one by one.
-    assert asked == [len(jpegs()) + 1, *[1] * (len(jpegs()) + 1)]
+    with pytest.warns(UserWarning, match="CPU"):
+        both(samples, keys_of(len(images), 30))
+    # All at once, then one by one. After each failure, and at first, a whole JPEG is decoded.
+    n_jpegs = len(jpegs()) + 1
+    assert asked[:3] == [1, n_jpegs, 1]
+    n_turned = sum(name.startswith("turned") for name in jpegs()) - 1
+    assert asked[3:] == [1] * (n_jpegs + n_turned)
 
 
-def test_memory_that_is_too_small_is_not_taken_for_a_broken_image(
+def test_a_device_that_fails_at_too_many_is_refused(
     images: FolderImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError
+    def misunderstands(jpegs: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
+        return [torch.zeros(3, 1, 1, dtype=torch.uint8) for _ in jpegs]
 
-    monkeypatch.setattr(device_decoding, "decode_jpeg", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        list(load_to_device(Views(images, VIEWS[0]), [[(0, 0)]], workers=0, device=CPU))
+    monkeypatch.setattr(device_decoding, "decode_jpeg", misunderstands)
+    monkeypatch.setattr(device_decoding, "_FEW_FAILED", 5)
+    # A JPEG that can't be read at all is not among those that fail.
+    keys = keys_of(len(images), 1)
+    of_jpegs = [key for key in keys if Path(images.paths[key[0][0]]).name[3:] in jpegs()]
+    loaded = load_to_device(Views(images, VIEWS[0]), of_jpegs, workers=0, device=CPU)
+    with (
+        pytest.raises(UsageError, match=r"decode=device.* 6 of 6 "),
+        pytest.warns(UserWarning, match="CPU"),
+    ):
+        list(loaded)
+
+
+OUT_OF_MEMORY = "Error while decoding JPEG images: CUDA out of memory. Tried to allocate 2.00 MiB"
+
+
+@pytest.mark.parametrize("n_before", [0, 1], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError(), torch.OutOfMemoryError),
+        (RuntimeError(OUT_OF_MEMORY), torch.OutOfMemoryError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), torch.AcceleratorError),
+        (RuntimeError("torchvision not compiled with nvJPEG support"), UsageError),
+    ],
+    ids=str,
+)
+def test_a_device_that_fails_is_not_taken_for_a_broken_image(
+    images: FolderImages,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    raised: type[Exception],
+    n_before: int,
+) -> None:
+    n_asked = 0
+
+    def fails(jpegs: list[torch.Tensor], **options: Any) -> Any:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked > n_before:
+            raise error
+        return decode(jpegs, **options)
+
+    decode = device_decoding.decode_jpeg
+    monkeypatch.setattr(device_decoding, "decode_jpeg", fails)
+    with pytest.raises(raised):
+        list(
+            load_to_device(Views(images, VIEWS[0]), keys_of(len(images), 30), workers=0, device=CPU)
+        )
+    assert n_asked <= n_before + 2
+
+
+def test_all_loaders_share_the_streams_of_a_device(
+    images: FolderImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            made.append(device)
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(device_decoding, "decode_jpeg", lambda *_, **__: [])
+    gpu = torch.device("cuda", 7)
+    device_decoding._streams_of.cache_clear()
+    for _ in range(3):
+        device_decoding.BatchDecoder(Views(images, VIEWS[0]), gpu)
+    assert made == [gpu, gpu]
+    assert device_decoding._streams_of(gpu).qsize() == 2
+    device_decoding._streams_of.cache_clear()
+
+
+@pytest.mark.gpu
+def test_further_loaders_reserve_no_memory(images: FolderImages) -> None:
+    samples = Views(images, RandomResized(crop_px=40))
+    device = torch.device("cuda", 0)
+
+    def go_through() -> int:
+        for batch in load_to_device(samples, keys_of(len(images), 8), workers=0, device=device):
+            del batch
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_reserved(device)
+
+    # The streams take turns, so that each has its memory after some.
+    reserved = [go_through() for _ in range(44)]
+    assert len(set(reserved[4:])) == 1
 
 
 @pytest.mark.gpu

@@ -45,6 +45,7 @@ def test_squares_are_pillows_bit_for_bit(
     cuts = [view.cut(image.height, image.width, rng) for image in images]
     found = squares([tensor(image) for image in images], cuts)
     assert found.shape == (len(SIZES), 3, 56, 56)
+    assert found.is_contiguous(memory_format=torch.channels_last)
     for pixels, image, cut in zip(found, images, cuts, strict=True):
         assert torch.equal(pixels, tensor(apply(image, cut)))
     is_random = isinstance(view, RandomResized | RandomCrop)
