@@ -14,7 +14,7 @@ from torch import Tensor
 from relloc import checks
 from relloc.errors import UsageError
 from relloc.geometry import Pair, PatchGrid, check_jitter
-from relloc.patches.color import Drawn, Patches
+from relloc.patches.color import Drawn, Keep, Patches
 from relloc.patches.pipeline import Color, PatchPipeline
 
 
@@ -195,3 +195,47 @@ class TrainingPatches:
         if self.curriculum is None or self.curriculum.treated is None:
             return self.patches.color
         return Mixed(treatment=self.patches.color, other=self.curriculum.otherwise, share=treated)
+
+
+def check_effects(training: TrainingPatches) -> None:
+    """Checks that no setting of the patches of a training is without effect.
+
+    Raises:
+        UsageError: a part changes no patch, or a curriculum leads nowhere.
+    """
+    patches = training.patches
+    if patches.chroma_blur is not None and patches.chroma_blur.side_px == 1:
+        raise UsageError(
+            "chroma_blur.side_px is 1, which blurs nothing: give 3 or more, or leave chroma_blur= "
+            "out"
+        )
+    if patches.aperture is not None and patches.aperture.whole >= patches.grid.cells:
+        raise UsageError(
+            f"aperture.whole is {patches.aperture.whole}, so that none of the "
+            f"{patches.grid.cells} patches of an image is covered: give fewer, or leave aperture= "
+            "out"
+        )
+    curriculum = training.curriculum
+    if curriculum is None:
+        return
+    first, last = curriculum.first_grid(patches.grid), patches.grid
+    grid_changes = (first.gap_px, first.jitter_range) != (last.gap_px, last.jitter_range)
+    if not grid_changes and curriculum.treated in (None, 1):
+        raise UsageError(
+            f"curriculum.gap_px={curriculum.gap_px}, curriculum.jitter_px={curriculum.jitter_px} "
+            f"and curriculum.treated={curriculum.treated} are the values of the end, so that "
+            "nothing changes: give others, or leave the curriculum out"
+        )
+    if curriculum.treated is None:
+        # The default of `otherwise`, which is there whether it is used or not
+        if not isinstance(curriculum.otherwise, Keep):
+            raise UsageError(
+                "curriculum.otherwise is for the images that curriculum.treated leaves out, and "
+                "that is null: give a share such as curriculum.treated=0.5, or leave out "
+                "color@curriculum.otherwise="
+            )
+    elif patches.color == curriculum.otherwise:
+        raise UsageError(
+            f"curriculum.treated={curriculum.treated} changes nothing, as color= and "
+            "curriculum.otherwise are the same: give another color=, or curriculum.treated=null"
+        )

@@ -28,7 +28,7 @@ from relloc.evaluation.strides import in_strides, strides_of
 from relloc.features.batch_norm import check_one_image, has_batch_norm
 from relloc.geometry import PatchGrid
 from relloc.models.backbone import Backbone
-from relloc.patches.curriculum import TrainingPatches
+from relloc.patches.curriculum import TrainingPatches, check_effects
 from relloc.patches.pipeline import PatchPipeline
 from relloc.pretext.answers import check_distances, with_answers
 from relloc.pretext.questions import CENTER_PAIRS, Questions, head_sizes
@@ -92,6 +92,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         # The settings that decide the weights: without launcher, tracking, paths and the like
         identity=neutral.settings_of_weights(flatten(given)),
     )
+    check_effects(training_patches)
     check_distances(settings.questions, training_patches)
     # The slow checks come last. They are cached by the text of the nodes, since many points of a
     # sweep have the same network.

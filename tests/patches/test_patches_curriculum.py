@@ -15,7 +15,7 @@ from relloc.geometry import PatchGrid
 from relloc.patches.aperture import Aperture
 from relloc.patches.chroma_blur import ChromaBlur
 from relloc.patches.color import Drop, Gray, Keep
-from relloc.patches.curriculum import Curriculum, Mixed, TrainingPatches
+from relloc.patches.curriculum import Curriculum, Mixed, TrainingPatches, check_effects
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.patches.rotation import QuarterTurns
@@ -164,3 +164,29 @@ def test_one_recorded_graph_makes_the_patches_of_all_steps(
         made = recorded(images, *drawn).cpu()
         expected = patches.maker(None)(images.cpu(), *(tensor.cpu() for tensor in drawn))
         torch.testing.assert_close(made, expected, rtol=0, atol=0.02)
+
+
+def without_change(**values: Any) -> Curriculum:
+    nothing = {"gap_px": None, "jitter_px": None, "treated": None, **values}
+    return dataclasses.replace(CURRICULUM, **nothing)
+
+
+def test_settings_without_effect_are_refused_by_name() -> None:
+    check_effects(TrainingPatches(patches=PATCHES, curriculum=CURRICULUM))
+    check_effects(TrainingPatches(patches=PATCHES, curriculum=without_change(treated=0)))
+    check_effects(TrainingPatches(patches=PATCHES, curriculum=without_change(jitter_px=0)))
+    all_whole = Aperture(low=0.5, high=1, whole=9)
+    parts = {"chroma_blur": ChromaBlur(side_px=1), "aperture": all_whole}
+    for name, part in parts.items():
+        changed = dataclasses.replace(PATCHES, **{name: part})
+        with pytest.raises(UsageError, match=name):
+            check_effects(TrainingPatches(patches=changed))
+    plain = dataclasses.replace(PATCHES, color=Keep())
+    for patches, curriculum, setting in (
+        (PATCHES, without_change(treated=1), "treated=1"),
+        (PATCHES, without_change(gap_px=8, jitter_px=[-3, 3]), "gap_px=8"),
+        (PATCHES, without_change(gap_px=0, otherwise=HALF_GRAY), "otherwise"),
+        (plain, without_change(treated=0), "treated=0"),
+    ):
+        with pytest.raises(UsageError, match=setting):
+            check_effects(TrainingPatches(patches=patches, curriculum=curriculum))
