@@ -65,6 +65,7 @@ def pretraining(config: DictConfig) -> Pretraining:
             "this experiment or study evaluates checkpoints: run it with python -m relloc.evaluate "
             "experiment=… or python -m relloc.study study=…"
         )
+    _check_groups(given)
     training_patches = _training_patches(given)
     settings = Pretraining(
         **_shared(config, given),
@@ -107,14 +108,35 @@ def pretraining(config: DictConfig) -> Pretraining:
     return settings
 
 
+def _check_groups(given: Mapping[str, Any]) -> None:
+    """Raises `UsageError` where a group that every training needs was taken out."""
+    for name in ("grid", "color", "normalize", "optimizer", "schedule", "model"):
+        # Where `~color` takes the group out of a preset, its settings stay without the `_target_`.
+        node = given.get(name) or {}
+        if "_target_" in node or "backbone" in node:
+            continue
+        without = "color=none treats no colors" if name == "color" else f"see --help {name}"
+        raise UsageError(f"'~{name}' takes out what a training needs: give {name}=…; {without}")
+
+
 def _check_what_follows(settings: Pretraining) -> None:
-    """Checks that the network will do for what comes after days of training.
+    """Checks that the network will do for what comes in and after days of training.
 
     Raises:
-        UsageError: an evaluation can't work on it, or its batch norm can't be recalibrated.
+        UsageError: an evaluation can't work on it, its batch norm can't be recalibrated, or images
+            can't hold the 3x3 grid of held-out questions.
     """
+    names_positions = settings.questions.columns_of_positions() is not None
+    if names_positions:
+        _check_grid_about_center(settings.patches)
     backbone = _backbone_without_memory(json.dumps(settings.model.settings))
     for chosen in settings.evaluations:
+        if chosen.evaluation.needs_pretext and not names_positions:
+            raise UsageError(
+                f"{chosen.group}.{chosen.name} asks where a patch lies as seen from the center, "
+                "but with pairs=triplets, rotation=quarter_turns or pretext_answers=regression no "
+                "answer is a position: leave it out, or these"
+            )
         for strides in strides_of(chosen.group, settings.strides):
             chosen.evaluation.check_network(in_strides(backbone, strides))
     if settings.save_recalibrated and not has_batch_norm(backbone):
@@ -126,6 +148,17 @@ def _check_what_follows(settings: Pretraining) -> None:
     is_evaluated_so = settings.evaluations and "recalibrated" in settings.batch_norms
     if settings.view_batch == 1 and (is_evaluated_so or settings.save_recalibrated):
         check_one_image(settings.model.backbone(settings.seed), settings.view.crop_px)
+
+
+def _check_grid_about_center(patches: PatchPipeline) -> None:
+    """Raises `UsageError` where resized images can't hold the grid of held-out questions."""
+    try:
+        _ = patches.about_center
+    except UsageError as error:
+        raise UsageError(
+            f"grid.rows={patches.grid.rows}: held-out accuracy is of a 3x3 grid with the same "
+            f"patches, whatever the trained one is. With 3 rows {error}"
+        ) from error
 
 
 def evaluating(config: DictConfig) -> Evaluating:

@@ -270,7 +270,8 @@ def _answerable(
         elif folder:
             console.print_message(
                 f"skipped {named.name} of {model.checkpoint}: it has no head that answers with one "
-                "of eight positions, which only a run folder with the training's checkpoints has"
+                "of eight positions. Only a run folder with the training's checkpoints has one, "
+                "unless it was trained with rotation=, pairs=triplets or pretext_answers=regression"
             )
     return answerable
 

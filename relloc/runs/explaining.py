@@ -90,6 +90,16 @@ def no_member(group: str, wrong: str) -> str:
     if group in settings.EVALUATION_GROUPS and wrong in ("none", "null"):
         return f"there is no {group}={wrong}: write {group}=[] for none"
     known = settings.members(group)
+    if wrong == "null":
+        if "none" in known:
+            return f"there is no {group}=null: write {group}=none"
+        listed = ", ".join(known)
+        if group in settings.OPTIONAL_GROUPS:
+            return (
+                f"there is no {group}=null: leave the group out by '~{group}', or give one of "
+                f"{listed}"
+            )
+        return f"there is no {group}=null: give one of {listed}"
     meant = difflib.get_close_matches(wrong, known, n=1)
     # Shorter words are found in too many descriptions.
     if len(wrong) > 3:
@@ -113,14 +123,14 @@ def check_members(overrides: Sequence[Override]) -> None:
     """Raises `UsageError` for members that Hydra itself does not refuse with a clear message.
 
     Hydra ignores a `recipe` or `probe` that does not exist, since these are optional, and can't
-    read `eval=null`.
+    read `null` as a member.
     """
     for override in overrides:
         group = override.key_or_group
         if override.is_delete():
             continue
         chosen = values(override)
-        if group in settings.EVALUATION_GROUPS and None in chosen:
+        if None in chosen and settings.is_group(group):
             raise UsageError(no_member(group, "null"))
         if group not in settings.CHOSEN_BY_DATA:
             continue

@@ -41,6 +41,15 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
     ("words", "setting"),
     [
         (["grid.gap_px=48"], "grid needs 309 px"),
+        (
+            ["grid.rows=2", "pairs=adjacent", "grid.patch_px=110", "grid.jitter_px=7"],
+            "grid.rows=2",
+        ),
+        (["~color"], "color=none"),
+        (["~normalize"], "normalize="),
+        (["~model"], "model="),
+        (["experiment=mundhenk2018", "data=photos", "~grid"], "grid="),
+        (["study=pretext", "rotation=quarter_turns"], "study.pretext"),
         (["grid.patch_px=0"], "grid.patch_px"),
         (["grid.jitter_px=[3,1]"], "grid.jitter_px"),
         (["schedule.warmup_epochs=9"], "warmup"),
@@ -127,6 +136,7 @@ def test_an_evaluation_that_cannot_be_is_told_by_its_setting(
 def test_nothing_is_said_against_what_can_run(tmp_path: Path) -> None:
     assert said_of("train") is None
     assert said_of("train", "grid.gap_px=39", "model=resnet18", "device=cuda", "color=drop") is None
+    assert said_of("train", "grid.rows=2", "pairs=adjacent", "pretext_batch_norm=cell") is None
     assert said_of("train", "data=folder", f"data.root={tmp_path}") is None
     # Only patches that are moved apart by the jitter may be nearest to another cell.
     of_distance = ("pretext_answers=regression", "grid.patch_px=32")

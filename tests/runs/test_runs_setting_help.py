@@ -157,6 +157,22 @@ def test_a_misspelt_recipe_is_told_although_hydra_would_go_on_without(word: str)
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        ("aperture=null", "'~aperture'"),
+        ("curriculum=null,linear", "'~curriculum'"),
+        ("color=null", "color=none"),
+        ("color@curriculum.otherwise=null", "color=none"),
+        ("grid=null", "mmselfsup"),
+        ("eval=null", r"eval=\[\]"),
+    ],
+)
+def test_a_group_set_to_null_is_told_with_what_to_write(word: str, instead: str) -> None:
+    with pytest.raises(UsageError, match=instead):
+        explaining.check_members(check([word], sweeps=True))
+
+
 def test_a_setting_of_another_command_is_told_as_that() -> None:
     assert "relloc.train" in explaining.no_setting("grid.gap_px", "evaluate", [])
     for wrong in ("study", "study.shortcuts.n_images"):
