@@ -132,6 +132,12 @@ def test_settings_of_runs_that_are_older_than_some_are_those_of_the_default(comp
     assert then.identity == now.identity
 
 
+@pytest.mark.parametrize("preset", ["mundhenk2018", "offgrid"])
+def test_pairs_do_not_take_a_preset_its_batch_norm(compose, preset):
+    config = compose("train", [f"experiment={preset}", "pairs=center"])
+    assert config.pretext_batch_norm == "joint"
+
+
 def test_a_curriculum_can_be_taken_out_of_a_preset(compose):
     words = ["experiment=curriculum", "data=photos"]
     with_it = build.pretraining(compose("train", words)).training_patches
