@@ -1,6 +1,6 @@
 """Seconds and memory of kNN over a bank of random vectors: ours, and the published full matrix.
 
-Ours is `relloc.features.voting.vote`, exact to float64. The published way (protocols.md 3.7, M0)
+Ours is `relloc.features.voting.vote`, exact to float64. The published way (protocols.md 3.7)
 multiplies a hundredth of the queries by the whole bank in float32 and takes the top k of all
 products; it is timed on a few of those hundredths. A sample of queries is compared with plain
 float64, where rows that differ by less than 1e-12 in cosine count as equal.

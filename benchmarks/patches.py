@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def published(images: list[Image.Image]) -> Tensor:
-    """The published way, image by image: mmselfsup 0.x (protocols.md 1.1, M0).
+    """The published way, image by image: mmselfsup 0.x (protocols.md 1.1).
 
     Gray by chance, a random crop of each cell, and each patch alone to a tensor. Nine patches an
     image; there the center is even repeated for each of its eight pairs.

@@ -32,9 +32,9 @@ def draw_patches(
 ) -> None:
     """Saves a PNG with one column for each image.
 
-    The upper row shows the crop with its nine boxes, the center in red. The lower row shows the
-    patches as the network sees them. Normalized patches are no colors, so the range of values of
-    each image is stretched to the range that can be shown.
+    The upper row shows the crop with a box for each patch, the center in red. The lower row shows
+    the patches as the network sees them. Normalized patches are no colors, so the range of values
+    of each image is stretched to the range that can be shown.
     """
     grid = pipeline.grid
     generator = torch.Generator().manual_seed(seed_for(Use.PICTURE_PATCHES, seed))

@@ -1,4 +1,4 @@
-"""Samples where the nine patches of each image lie: a regular grid plus random jitter and scale.
+"""Samples where the patches of each image lie: a regular grid plus random jitter and scale.
 
 They lie within a square crop of the image, whose own position `relloc.data.crops` draws before.
 """
@@ -47,7 +47,7 @@ def sample_corners(
     n_images: int,
     generator: torch.Generator,
 ) -> Int[Tensor, "b cells 2"]:
-    """Returns the top left corner (row, column) of each of the nine cells of `n_images` images.
+    """Returns the top left corner (row, column) of each of the grid's cells of `n_images` images.
 
     Corners count from the top left of a crop of side `grid.span_px`. Each patch is displaced on
     each axis, uniformly over the whole pixels of the jitter range with both ends included, and on

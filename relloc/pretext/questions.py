@@ -267,7 +267,7 @@ class AdjacentPairs(_GridPairs):
     """All ordered pairs of cells that touch, with the eight answers of `CenterPairs`.
 
     There are 40 in a grid of 3 `rows`, 84 in one of 4. So the author's code asks (protocols.md 1.1,
-    DC), of larger grids.
+    deepcontext), of larger grids.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""`model=resnet50 data=in1k` is the published recipe (protocols.md 1.1, 2.1, column M0)."""
+"""`model=resnet50 data=in1k` is the published recipe, that of mmselfsup (protocols.md 1.1, 2.1)."""
 
 import pytest
 import torch
