@@ -6,8 +6,9 @@ them, and sets laid out as VOC, COCO and Cityscapes) and for few steps. Its rate
 by its work: the images of the published splits and the epochs or iterations of its settings.
 
 "rate" is as the row runs, in units a second; "computing" with samples in memory, "reading" that of
-the worker processes alone; the slower of the two limits the row. Hours are of the lower of rate
-and reading. Left out are monitors and checkpoints of the pretraining, the start of each command
+the worker processes alone; the slower of the two limits the row. With decode=device "reading" has
+the decoding on that device, too, and what limits is left empty. Hours are of the lower of rate and
+reading. Left out are monitors and checkpoints of the pretraining, the start of each command
 with its compiling, and `label_free_in1k`, which takes under a minute (docs/benchmarks.md).
 
     python benchmarks/card.py --json card.json --record relloc/reports/hours.csv

@@ -1,7 +1,8 @@
 """Times each row of the card by the package's own loops, over few batches of its full size.
 
 Each rate is taken three times: as the row runs, with samples in memory (computing alone), and
-by the worker processes alone (reading alone). Networks have random weights, images are few and come
+without networks (reading alone: by the worker processes, and with decode=device by the device that
+decodes, too). Networks have random weights, images are few and come
 again and again, and files come from the page cache: the disk is not measured.
 """
 
@@ -179,7 +180,12 @@ class Bench:
         indices = torch.arange(len(images)).split(batch)
         keys = [[(index, index) for index in of_batch.tolist()] for of_batch in indices]
         reading = clock.per_s(lambda: exhaust(timed.read(images, view, keys, len(keys), "reading")))
-        return Rate(running=running * batch, computing=computing * batch, reading=reading * batch)
+        return Rate(
+            running=running * batch,
+            computing=computing * batch,
+            reading=reading * batch,
+            decodes_on_device=self.config.decode == "device",
+        )
 
     def features(self, view: View, layers: Sequence[str], batch: int) -> Rate:
         """Returns the images a second whose features are computed and kept."""
@@ -451,7 +457,10 @@ def pretraining_rate(
         reading = clock.per_s(lambda: read(forwards()))
     n_images = settings.images_per_step
     return Rate(
-        running=running * n_images, computing=computing * n_images, reading=reading * n_images
+        running=running * n_images,
+        computing=computing * n_images,
+        reading=reading * n_images,
+        decodes_on_device=settings.decode == "device",
     )
 
 

@@ -38,13 +38,15 @@ class Rate:
     Attributes:
         running: as the evaluation runs, reading and computing beside each other.
         computing: with samples in memory; None where it was not measured alone.
-        reading: of worker processes beside which nothing is computed; None where it was not
+        reading: of what makes samples, beside which no network computes; None where it was not
             measured alone.
+        decodes_on_device: whether the device that computes takes part in `reading`.
     """
 
     running: float
     computing: float | None = None
     reading: float | None = None
+    decodes_on_device: bool = False
 
     @property
     def lasting(self) -> float:
@@ -53,8 +55,11 @@ class Rate:
 
     @property
     def limited_by(self) -> str:
-        """`COMPUTING` or `READING`, whichever is slower alone; "" where that was not measured."""
+        """`COMPUTING` or `READING`, whichever is slower alone; "" where that is not known."""
         if self.computing is None or self.reading is None:
+            return ""
+        # Both take the device then: it may be what limits either.
+        if self.decodes_on_device:
             return ""
         return READING if self.reading < self.computing else COMPUTING
 

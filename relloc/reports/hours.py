@@ -28,7 +28,8 @@ class MeasuredHours:
     Attributes:
         row: The name of the evaluation in conf/eval, or `PRETRAINING`.
         hours: The rate that was measured over seconds, times the work of the whole row.
-        limited_by: "computing" or "reading" images, whichever was slower; "" where none is read.
+        limited_by: "computing" or "reading" images, whichever was slower; "" where none is read,
+            or where the GPU that computes decodes them, too.
         leaves_out: What the hours do not include, such as "tests"; "" for nothing.
         hardware: The GPU and the number of processor cores.
         date: When it was measured, such as 2026-11-29.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import card
 import pytest
-from card_timing import N_CLASSES
+from card_timing import N_CLASSES, Bench
 from card_work import (
     COMPUTING,
     READING,
@@ -19,9 +19,11 @@ from card_work import (
 )
 from clock import Clock
 
+from relloc.data.folder import FolderImages
+from relloc.data.views import Center
 from relloc.evaluation.contract import Evaluation
 from relloc.reports.hours import PRETRAINING, rows_of_card
-from relloc.runs import build, settings
+from relloc.runs import build, engine, settings
 from relloc.runs.build import ChosenEvaluation
 
 IN1K, VAL = 1_281_167, 50_000
@@ -107,6 +109,29 @@ def test_hours_are_those_of_the_slower_rate() -> None:
     assert row.limited_by == READING
     assert Rate(running=900, computing=950, reading=5000).limited_by == COMPUTING
     assert Rate(running=900).limited_by == ""
+    decoded_on_device = Rate(running=1500, computing=2000, reading=1000, decodes_on_device=True)
+    assert (decoded_on_device.limited_by, decoded_on_device.lasting) == ("", 1000)
+
+
+@pytest.mark.parametrize("decode", ["cpu", "device"])
+def test_rates_know_whether_the_device_decodes(
+    decode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of evaluations; nothing is read or computed."""
+    monkeypatch.setattr(Clock, "per_s", lambda *_: 2.0)
+    words = ["checkpoint=random", "model=small", "eval=[knn]", "device=cpu", f"decode={decode}"]
+    evaluating = build.evaluating(settings.compose("evaluate", words).config)
+    how = engine.resolve_engine(evaluating.engine)
+    images = FolderImages(name="made", split="train", paths=["a.jpg"])
+    bench = Bench(
+        backbone=card._network("small"),
+        images=images,
+        config=evaluating.encode_config(how, shown=False),
+        sizes=card.TINY,
+    )
+    view = Center(short_px=36, crop_px=32)
+    rate = bench.rate(lambda _config: None, images, view, batch=1, warm_up=0)
+    assert rate.decodes_on_device == (decode == "device")
 
 
 def test_numbers_of_classes_are_those_of_the_protocols() -> None:
