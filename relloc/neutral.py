@@ -83,6 +83,10 @@ _LATER: dict[str, Any] = {
     "decode": "cpu",
 }
 
+# Groups that a run has only where they are chosen, which their `_target_` tells. `~curriculum`
+# leaves the settings that a preset gave to the group, which nothing reads any more.
+_OPTIONAL = ("chroma_blur", "aperture", "rotation", "curriculum")
+
 
 def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that decide which weights a training makes of its images.
@@ -92,6 +96,9 @@ def settings_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     # With a dot at the end, `monitor` stands for `monitor` and `monitor.images` but not `monitors`.
     neutral_names = [*_EXECUTION, *_OBSERVATION]
     neutral_prefixes = tuple(f"{name}." for name in neutral_names)
+    for group in _OPTIONAL:
+        if f"{group}._target_" not in settings:
+            neutral_prefixes = (*neutral_prefixes, f"{group}.")
     deciding = {}
     for name, value in settings.items():
         is_neutral = f"{name}.".startswith(neutral_prefixes)
@@ -110,6 +117,8 @@ def settings_of_run(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
     for name, value in config.items():
         full_name = f"{prefix}{name}"
         if full_name in _EXECUTION or _is_as_before(full_name, value):
+            continue
+        if full_name in _OPTIONAL and isinstance(value, Mapping) and "_target_" not in value:
             continue
         # Groups are searched too, since some of their settings may be neutral.
         if isinstance(value, Mapping):

@@ -53,6 +53,17 @@ def test_a_later_setting_counts_only_where_it_is_not_what_was_done_before() -> N
         assert decides({"decode": "device"}) == {"decode": "device"}
 
 
+def test_what_is_left_of_a_group_that_was_taken_out_tells_nothing_apart() -> None:
+    left = {"gap_px": 99, "otherwise": {"_target_": "relloc.patches.color.Keep"}}
+    chosen = {"_target_": "relloc.patches.curriculum.Curriculum", **left}
+    assert neutral.settings_of_run({"seed": 1, "curriculum": left}) == {"seed": 1}
+    assert neutral.settings_of_run({"curriculum": chosen}) == {"curriculum": chosen}
+    flat_left = {"curriculum.gap_px": 99}
+    flat_chosen = {"curriculum._target_": chosen["_target_"], **flat_left}
+    assert neutral.settings_of_weights({"seed": 1, **flat_left}) == {"seed": 1}
+    assert neutral.settings_of_weights(flat_chosen) == flat_chosen
+
+
 def test_a_run_is_the_same_however_it_is_run_and_another_with_other_evaluations() -> None:
     config = {
         "device": "cpu",
