@@ -23,7 +23,7 @@ from relloc.models.described import described_backbone
 from relloc.models.resnet import ResNetBackbone
 from relloc.patches.normalize import IMAGENET_MEAN, IMAGENET_STD
 from relloc.runs.engine import resolve_engine
-from relloc.runs.recalibrating import Recalibration, settings_of_words
+from relloc.runs.recalibrating import ENTRY, Recalibration, settings_of_words
 from relloc.runs.run_settings import RunSettings
 from relloc.terminal import quantity
 from relloc.tracking.unfinished import unfinished_training
@@ -44,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(options)
         calibration = settings_of_words(options.recalibrate) if options.recalibrate else None
-        model, backbone = _model_and_backbone(options.checkpoint, options.checkpoint_prefix)
+        model, backbone, is_recalibrated = _loaded(options.checkpoint, options.checkpoint_prefix)
         own_strides = backbone.own_strides
         statistics = "as in the checkpoint"
         if calibration:
             backbone, statistics = _recalibrated(backbone, calibration)
+            is_recalibrated = True
         content = file_content(layout, out.suffix, backbone.state_dict(), classes)
         files.write_whole(out, content)
     except UsageError as error:
@@ -69,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file_name = terminal.escaped(str(out))
     print(f"{file_name}: {model} in {layout}'s layout\n\n{settings}\n")
     if own_strides:
-        is_recalibrated = calibration is not None
         about_strides = strides_advice(layout, model, own_strides, is_recalibrated=is_recalibrated)
         print(f"{about_strides}\n")
     print(f"Statistics of batch norm: {terminal.escaped(statistics)}\n")
@@ -154,8 +154,8 @@ def _recalibrated(backbone: ResNetBackbone, settings: RunSettings) -> tuple[Back
     return recalibrated, f"of {n_images} of {images.name} {images.split}, {settings.view}"
 
 
-def _model_and_backbone(checkpoint: Path, prefix: str | None) -> tuple[str, ResNetBackbone]:
-    """Returns the name of the model, and its backbone with the weights.
+def _loaded(checkpoint: Path, prefix: str | None) -> tuple[str, ResNetBackbone, bool]:
+    """Returns the model's name, its backbone with the weights, and whether relloc recalibrated it.
 
     Raises:
         CheckpointError: the checkpoint can't be read or is no ResNet that can be exported.
@@ -166,8 +166,9 @@ def _model_and_backbone(checkpoint: Path, prefix: str | None) -> tuple[str, ResN
     if unfinished:
         raise CheckpointError(unfinished)
     file = backbone_files.backbone_file(checkpoint)
+    is_recalibrated = False
     if backbone_files.is_ours(file):
-        model, backbone, weights = _from_our_file(file, prefix)
+        model, backbone, weights, is_recalibrated = _from_our_file(file, prefix)
     else:
         # In a file of another project, the names of the weights tell which ResNet it is.
         check_hash(file)
@@ -178,11 +179,16 @@ def _model_and_backbone(checkpoint: Path, prefix: str | None) -> tuple[str, ResN
         weights = found.fitted(backbone.state_dict())
     # Loading the weights into a backbone checks them, and adds counters that old files lack.
     fill(backbone, weights, str(file))
-    return model, backbone
+    return model, backbone, is_recalibrated
 
 
-def _from_our_file(file: Path, prefix: str | None) -> tuple[str, ResNetBackbone, dict[str, Tensor]]:
-    """Returns the model's name, an empty backbone, and the weights in a file that relloc wrote."""
+def _from_our_file(
+    file: Path, prefix: str | None
+) -> tuple[str, ResNetBackbone, dict[str, Tensor], bool]:
+    """Returns what a file that relloc wrote holds.
+
+    It is the model's name, an empty backbone, the weights, and whether batch norm was recalibrated.
+    """
     weights, about = backbone_files.load_backbone(file)
     # Our files have one backbone, whose names have no prefix.
     if prefix is not None:
@@ -200,7 +206,7 @@ def _from_our_file(file: Path, prefix: str | None) -> tuple[str, ResNetBackbone,
             f"{file} is a {kind}, which torchvision, detectron2 and mmdetection do not have: "
             f"only {' and '.join(DEPTHS)} of standard width can be exported"
         )
-    return model, backbone, weights
+    return model, backbone, weights, ENTRY in about
 
 
 if __name__ == "__main__":

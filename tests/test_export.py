@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from relloc.checkpoints import layouts, weight_files
-from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, save_backbone
+from relloc.checkpoints.backbone_files import BACKBONE_FILE, digest, load_backbone, save_backbone
 from relloc.checkpoints.fitting import fill
 from relloc.evaluation.calibration import calibration_batches
 from relloc.export import main
@@ -164,12 +164,17 @@ def test_recalibrated_statistics_are_those_of_whole_images_and_weights_stay(
 def test_no_strides_are_advised_that_recalibrated_statistics_do_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, _ = finer_file(tmp_path, last_stride=1)
+    file, backbone = finer_file(tmp_path, last_stride=1)
     line = (file, "--layout", "torchvision", "--out", tmp_path / "x.pth", "--recalibrate", *PHOTOS)
     assert export(*line) == 0
     text = capsys.readouterr().out
     assert "last_stride=1" in text
     assert "stride = " not in text
+    # Likewise of the second file that a training wrote
+    _, about = load_backbone(file)
+    save_backbone(file, backbone, {**about, ENTRY: {"images": 16}})
+    assert export(file, "--layout", "torchvision", "--out", tmp_path / "y.pth") == 0
+    assert "stride = " not in capsys.readouterr().out
 
 
 def test_a_file_of_other_statistics_is_not_taken_for_that_of_a_recalibration(
