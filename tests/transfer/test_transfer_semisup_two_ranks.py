@@ -16,7 +16,8 @@ import torch
 
 TESTS = Path(sys.argv[2])
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-from test_transfer_semisup import READING, Broken, Kept, Splits, evaluation, scores  # noqa: E402
+from resumed import Saved  # noqa: E402
+from test_transfer_semisup import READING, Broken, Splits, evaluation, scores  # noqa: E402
 
 from relloc import ranks  # noqa: E402
 from relloc.data.views import Center, RandomResized  # noqa: E402
@@ -32,7 +33,7 @@ def evaluated():
                      **views)
     weights = []
 
-    class Recording(Kept):
+    class Recording(Saved):
         def save(self, state):
             super().save(state)
             if "training" in state:
