@@ -110,6 +110,11 @@ def pretraining(config: DictConfig) -> Pretraining:
 
 def _check_groups(given: Mapping[str, Any]) -> None:
     """Raises `UsageError` where a group that every training needs was taken out."""
+    if not given.get("monitor"):
+        raise UsageError(
+            "'~monitor' takes out settings that a training needs: give monitor.every_epochs=null, "
+            "with which nothing is measured in its course"
+        )
     for name in ("grid", "color", "normalize", "optimizer", "schedule", "model"):
         # Where `~color` takes the group out of a preset, its settings stay without the `_target_`.
         node = given.get(name) or {}
@@ -250,6 +255,8 @@ def _shared(config: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `RunSettings`; `given` are the resolved settings of `config`."""
     # Presets and data sets of users may still have names of earlier versions.
     refuse_old_names(flatten(given))
+    if not given.get("tracking"):
+        raise UsageError("'~tracking' takes out what says where metrics go: give tracking=none")
     _check_tracking(**given["tracking"])
     batch_norm = given["batch_norm"]
     # relloc.study has no such setting: studies look at a network in the strides that it has.

@@ -48,6 +48,8 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
         (["~color"], "color=none"),
         (["~normalize"], "normalize="),
         (["~model"], "model="),
+        (["~monitor"], "monitor.every_epochs=null"),
+        (["~tracking"], "tracking=none"),
         (["experiment=mundhenk2018", "data=photos", "~grid"], "grid="),
         (["study=pretext", "rotation=quarter_turns"], "study.pretext"),
         (["grid.patch_px=0"], "grid.patch_px"),
