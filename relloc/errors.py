@@ -28,6 +28,15 @@ class TrainingUnfinished(UsageError):
     exit_code = 1
 
 
+class DamagedTraining(UsageError):
+    """A training that is watched has damaged files, and all else of the watch is done.
+
+    Not a mistake in the command, which may be repeated.
+    """
+
+    exit_code = 1
+
+
 class KnownAnswerMissed(UsageError):
     """A measured value that differs from the one that is known for the checkpoint."""
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from relloc import ranks
 from relloc.checkpoints import backbone_files
 from relloc.checkpoints.paths import BACKBONE_FILE, saved_milestones, saved_trainings
-from relloc.errors import CheckpointError, DamagedFile, TrainingUnfinished, UsageError, reason
+from relloc.errors import (
+    CheckpointError,
+    DamagedFile,
+    DamagedTraining,
+    TrainingUnfinished,
+    UsageError,
+    reason,
+)
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.files import path_as_text
 from relloc.results import Result, append_results, read_results
@@ -30,6 +37,7 @@ from relloc.sweeps.point_status import PointStatus, point_statuses_and_problems
 from relloc.sweeps.points import Point
 from relloc.terminal import quantity
 from relloc.tracking import RunRecord, StoreError, sync
+from relloc.tracking.journal import read_journal
 from relloc.tracking.run_lock import FolderIsTaken, locked_run_folder
 from relloc.tracking.unfinished import unfinished_training
 from relloc.tracking.watched import append_watched
@@ -60,6 +68,7 @@ class WatchedTraining:
         refusal: why its networks can't be evaluated with the settings, if they can't.
         is_said_to_wait: whether it was printed that nobody runs it, since it last ran.
         reported: problems that were printed already.
+        damage: what is damaged, with the path that it is about.
     """
 
     folder: Path
@@ -71,6 +80,7 @@ class WatchedTraining:
     refusal: UsageError | None = None
     is_said_to_wait: bool = False
     reported: set[str] = dataclasses.field(default_factory=set)
+    damage: dict[str, Path] = dataclasses.field(default_factory=dict)
     _steps: dict[Path, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -123,7 +133,33 @@ class WatchedTraining:
         """Has a file no longer asked for, and prints why unless the training has deleted it."""
         self.done.add(path)
         if path.exists():
-            self.report(f"{problem}. It is left out")
+            self.report_damage(
+                f"{problem}. It is left out: put back a copy, or remove it, and give the same "
+                "command again",
+                path,
+            )
+
+    def report_damage(self, problem: str, path: Path) -> None:
+        """Prints that a file of this training is damaged, once, and notes it for the end."""
+        self.damage.setdefault(problem, path)
+        self.report(problem)
+
+    def damage_left(self) -> list[str]:
+        """Returns what is damaged, without checkpoints that the training has deleted since."""
+        return [problem for problem, path in self.damage.items() if path.exists()]
+
+    def check_record(self) -> bool:
+        """Returns whether the record and the journal can be read, and prints it if they can't."""
+        try:
+            RunRecord.read(self.folder)
+            read_journal(self.folder)
+        except DamagedFile as error:
+            self.report_damage(str(error), self.folder)
+            return False
+        except OSError:
+            # A copied folder may have no record.
+            pass
+        return True
 
     def report(self, problem: str) -> None:
         """Prints a problem of this training, once."""
@@ -138,6 +174,7 @@ def watch_trainings(settings: Evaluating, watch: WatchSettings, invocation: Invo
     Raises:
         UsageError: a setting can't be met, or the folder is not that of such a run.
         TrainingUnfinished: a training was not at its end, and none went on for too long.
+        DamagedTraining: a training has damaged files; all else is done.
         DataError: images or labels can't be used.
     """
     engine = resolve_engine(settings.engine)
@@ -153,20 +190,25 @@ def watch_trainings(settings: Evaluating, watch: WatchSettings, invocation: Invo
 
     with prepared(settings, invocation, engine, name_of) as ready:
         run_dir = ready.run.run_dir
-        fingerprints = Watch(
+        watching = Watch(
             settings=settings,
             watch=watch,
             run_dir=run_dir,
             measure=ready.measure,
             # tracking=none of this command holds for the runs of the trainings, too.
             is_tracked=invocation.settings["tracking"]["uri"] is not None,
-        ).to_the_end()
+        )
+        fingerprints = watching.to_the_end()
+        if not fingerprints:
+            # There is nothing to report.
+            watching.raise_if_damaged()
         if ready.run.folder:
             ready.run.folder.summarize(fingerprints)
     if settings.report:
         print_report(run_dir)
         print_left_out(ready.left_out)
     console.print_next("report", console.from_here(run_dir))
+    watching.raise_if_damaged()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -180,7 +222,8 @@ class Watch:
             fingerprints of its results.
         is_tracked: whether the MLflow runs of the trainings get the curves.
         trainings: those that are known so far, by their folders.
-        silent: messages of schedulers that did not answer, which were printed already.
+        damaged_names: errors of names of `watch` that can't be looked up, as of the last look.
+        printed: messages about the former and about silent schedulers, which were printed already.
     """
 
     settings: Evaluating
@@ -189,7 +232,8 @@ class Watch:
     measure: Callable[[EvaluatedModel], set[str]]
     is_tracked: bool
     trainings: dict[Path, WatchedTraining] = dataclasses.field(default_factory=dict)
-    silent: set[str] = dataclasses.field(default_factory=set)
+    damaged_names: list[DamagedFile] = dataclasses.field(default_factory=list)
+    printed: set[str] = dataclasses.field(default_factory=set)
 
     def to_the_end(self) -> set[str]:
         """Evaluates until nothing is left to come; returns the fingerprints of the last rows.
@@ -239,7 +283,10 @@ class Watch:
         """
         points: list[Point] = []
         refused = []
-        for point in self.watch.trainings():
+        found, self.damaged_names = self.watch.trainings()
+        for error in self.damaged_names:
+            self._print_once(f"{error}. The others are watched")
+        for point in found:
             training = self.trainings.setdefault(point.folder, WatchedTraining(folder=point.folder))
             if training.refusal:
                 refused.append(training)
@@ -252,10 +299,14 @@ class Watch:
         statuses, problems = point_statuses_and_problems(points)
         # A cluster that does not answer leaves the status unknown, and is asked again.
         for problem in problems:
-            if problem not in self.silent:
-                self.silent.add(problem)
-                console.print_message(f"watch   {problem}; asked again")
+            self._print_once(f"{problem}; asked again")
         return statuses
+
+    def _print_once(self, problem: str) -> None:
+        """Prints a problem that is met at every look, once."""
+        if problem not in self.printed:
+            self.printed.add(problem)
+            console.print_message(f"watch   {problem}")
 
     def _has_ended(self, status: PointStatus) -> bool:
         """Returns whether a training is at its end."""
@@ -300,10 +351,11 @@ class Watch:
         try:
             append_watched(training.folder, checkpoint.step, rows)
         except (OSError, DamagedFile) as error:
-            training.report(
+            problem = (
                 f"curves can't be written into {training.folder}; what was measured is in "
                 f"{self.run_dir}: {_why(error)}"
             )
+            self._report(training, problem, error)
         else:
             self._mirror(training)
         return fingerprints
@@ -331,25 +383,36 @@ class Watch:
                 training.n_taken += 1
                 if training.n_taken < _MOST_TRIES:
                     return False
-            training.report(
+            problem = (
                 f"results can't be written into {training.folder}; they are in {self.run_dir}, "
                 f"and the same command writes them later: {_why(error)}"
             )
+            self._report(training, problem, error)
             return True
         self._mirror(training)
         return True
 
     def _mirror(self, training: WatchedTraining) -> None:
         """Sends the store of the training what it lacks of it, if the training has a store."""
+        if not training.check_record():
+            return
         try:
             uri = RunRecord.read(training.folder).tracking_uri
             if uri and self.is_tracked:
                 sync(training.folder, uri)
         except (StoreError, OSError, ValueError) as error:
-            training.report(
+            problem = (
                 f"MLflow does not receive the curves of {training.folder}: {error}. Nothing is "
                 f"lost; python -m relloc.sync {training.folder} sends them later"
             )
+            self._report(training, problem, error)
+
+    def _report(self, training: WatchedTraining, problem: str, error: Exception) -> None:
+        """Prints a problem once; the command ends with an error if it is a damaged file."""
+        if isinstance(error, DamagedFile):
+            training.report_damage(problem, training.folder)
+        else:
+            training.report(problem)
 
     def _report_stopped(self, open_trainings: Sequence[PointStatus]) -> None:
         """Prints each time that nobody runs a training any more though it is not at its end."""
@@ -359,17 +422,43 @@ class Watch:
                 training.is_said_to_wait = False
             elif status.status is not Status.MISSING and not training.is_said_to_wait:
                 training.is_said_to_wait = True
+                training.check_record()
                 console.print_message(f"watch   {_how_it_stands(status)}. It is waited for")
 
     def _unfinished(self, open_trainings: Sequence[PointStatus]) -> TrainingUnfinished:
         """Returns the error for trainings that are given up."""
         reasons = "; ".join(map(_how_it_stands, open_trainings))
+        damage = self._damage()
+        evaluated = "All checkpoints that were saved are evaluated"
+        if damage:
+            evaluated = f"{_damaged(damage)}. All else that was saved is evaluated"
         return TrainingUnfinished(
             f"{quantity(len(open_trainings), 'training')} of {len(self.trainings)} did not come to "
             f"the end, and none was running for {self.watch.patience_min:g} minutes "
-            f"(watch_patience_min): {reasons}. All checkpoints that were saved are evaluated; the "
-            "same command goes on when the trainings do"
+            f"(watch_patience_min): {reasons}. {evaluated}; the same command goes on when the "
+            "trainings do"
         )
+
+    def raise_if_damaged(self) -> None:
+        """Raises `DamagedTraining` if a training has damaged files, which were each printed."""
+        damage = self._damage()
+        if damage:
+            raise DamagedTraining(
+                f"{_damaged(damage)}. All else that was saved is evaluated; the same command goes "
+                "on once they are mended"
+            )
+
+    def _damage(self) -> list[str]:
+        """Returns what is damaged of the trainings."""
+        damage = [str(error) for error in self.damaged_names]
+        for training in self.trainings.values():
+            damage += training.damage_left()
+        return damage
+
+
+def _damaged(damage: Sequence[str]) -> str:
+    """Returns in words which files of trainings are damaged."""
+    return f"Damaged: {'; '.join(damage)}"
 
 
 def _may_run(status: PointStatus) -> bool:
@@ -383,6 +472,13 @@ def _why(error: Exception) -> str:
 
 
 def _how_it_stands(status: PointStatus) -> str:
-    """Returns in words how far a training is that nobody runs."""
+    """Returns in words how far a training is that nobody runs.
+
+    A training whose record or journal is damaged can't be asked how far it is.
+    """
     folder = status.point.folder
-    return unfinished_training(folder) or f"{folder} is {status.status.word}"
+    try:
+        told = unfinished_training(folder)
+    except DamagedFile:
+        told = ""
+    return told or f"{folder} is {status.status.word}"

@@ -14,7 +14,7 @@ import torch
 from relloc import checks, neutral
 from relloc.data.order import StepPlan
 from relloc.data.packing import Packing
-from relloc.errors import UsageError
+from relloc.errors import DamagedFile, UsageError
 from relloc.models.backbone import Backbone
 from relloc.patches.curriculum import TrainingPatches
 from relloc.patches.pipeline import PatchPipeline
@@ -172,8 +172,12 @@ class WatchSettings:
         checks.number("watch_every_s", self.every_s, above=0, at_most=_DAY_S)
         checks.number("watch_patience_min", self.patience_min, at_least=0, at_most=math.inf)
 
-    def trainings(self) -> list[Point]:
-        """Returns the trainings there are now. Raises `UsageError` if a name names none."""
+    def trainings(self) -> tuple[list[Point], list[DamagedFile]]:
+        """Returns the trainings there are now, and the errors of those whose files are damaged.
+
+        Raises:
+            UsageError: a name names no training, or none that is left is sound.
+        """
         return find_trainings("watch", self.names)
 
 

@@ -195,7 +195,8 @@ def _of_watched(names: Sequence[str], words: Sequence[Override]) -> RunData | No
     Raises:
         UsageError: they have several, or it is not known yet since none has begun.
     """
-    trainings = find_trainings("watch", [name for name in names if "$" not in name])
+    # A damaged record is reported when the trainings are watched.
+    trainings, _ = find_trainings("watch", [name for name in names if "$" not in name])
     chosen = {word.key_or_group for word in words}
     if not trainings or not chosen.isdisjoint(_CHOOSES_DATA):
         return None

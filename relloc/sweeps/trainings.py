@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from relloc.errors import UsageError
+from relloc.errors import DamagedFile, UsageError
 from relloc.sweeps.points import Point
 from relloc.sweeps.sweep import SWEEP_FILE, find_sweep, is_named
 from relloc.tracking.record import RUN_FILE, RunRecord
@@ -12,21 +12,31 @@ from relloc.tracking.record import RUN_FILE, RunRecord
 _TRAINING = "train"
 
 
-def find_trainings(setting: str, words: Sequence[str]) -> list[Point]:
+def find_trainings(setting: str, words: Sequence[str]) -> tuple[list[Point], list[DamagedFile]]:
     """Returns the trainings that `words`, the value of `setting`, name, each once.
 
     A run folder is a point without settings. A sweep may get more points later, and its points may
-    not have begun.
+    not have begun. Words whose run or sweep has a damaged file are left out, and the errors are
+    returned.
 
     Raises:
         UsageError: a word names neither, or no training; the message begins with the setting.
-        DamagedFile: the record of a run or the list of a sweep's points can't be read.
+        DamagedFile: the record of a run or the list of a sweep's points can't be read, and no other
+            word names a training.
     """
     by_folder: dict[Path, Point] = {}
+    problems = []
     for word in words:
-        for point in _trainings_of(setting, word):
+        try:
+            points = _trainings_of(setting, word)
+        except DamagedFile as error:
+            problems.append(error)
+            continue
+        for point in points:
             by_folder.setdefault(point.folder, point)
-    return list(by_folder.values())
+    if problems and not by_folder:
+        raise problems[0]
+    return list(by_folder.values()), problems
 
 
 def _trainings_of(setting: str, word: str) -> list[Point]:

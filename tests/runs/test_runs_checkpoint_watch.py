@@ -10,7 +10,7 @@ import torch
 
 from relloc.checkpoints.backbone_files import BACKBONE_FILE, save_backbone
 from relloc.checkpoints.states import save_training
-from relloc.errors import TrainingUnfinished, UsageError
+from relloc.errors import DamagedFile, DamagedTraining, TrainingUnfinished, UsageError
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.models.small import SmallBackbone
 from relloc.results import RESULTS_FILE, Result, append_results, read_results
@@ -23,6 +23,8 @@ from relloc.sweeps.point_status import PointStatus
 from relloc.sweeps.points import Point
 from relloc.sweeps.sweep import Sweep
 from relloc.tracking import RunRecord, write_status
+from relloc.tracking.journal import JOURNAL_FILE
+from relloc.tracking.record import RUN_FILE
 from relloc.tracking.run_lock import FolderIsTaken, locked_run_folder
 from relloc.tracking.watched import WATCHED_FILE, read_watched
 
@@ -102,6 +104,31 @@ class Measuring:
 @pytest.fixture
 def measuring(tmp_path: Path) -> Measuring:
     return Measuring(tmp_path / "watcher")
+
+
+def sweep_of(runs: Path, *names: str) -> Sweep:
+    """A sweep with trainings in folders of `runs`, which are added to it if it is there already."""
+    sweep = Sweep(runs / "sweeps" / "s")
+    points = []
+    for name in names:
+        words = (f"seed={name}",)
+        points.append(
+            Point(kind="train", name=name, overrides=words, identity=name, folder=runs / name)
+        )
+    with sweep.locked():
+        sweep.add(points, ["train"])
+    return sweep
+
+
+def damage(training: Training, name: str) -> Path:
+    """Damages a file as a full disk or a careless hand does, and returns it."""
+    path = training.folder / name
+    if name == JOURNAL_FILE:
+        entry = '{"time_ms": 1, "step": 1, "metrics": {"train/epoch": 1}}\n'
+        path.write_text(f"{entry}{entry[:20]}\n{entry}")
+    else:
+        path.write_bytes(path.read_bytes()[:-40])
+    return path
 
 
 def watch(measuring: Measuring, *names: Path) -> Watch:
@@ -249,6 +276,63 @@ def test_a_damaged_file_of_a_training_does_not_end_the_others(
     assert len(set(read_results(damaged.folder))) == 1
 
 
+@pytest.mark.parametrize("name", [RUN_FILE, JOURNAL_FILE])
+def test_a_stopped_training_with_a_damaged_file_is_told_once_and_others_are_watched(
+    tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    stopped = Training(tmp_path / "stopped").save(2)
+    path = damage(stopped, name)
+    whole = Training(tmp_path / "whole").save(2, "epoch_2").save(4)
+    measuring.then = lambda: whole.finish(6) if len(measuring.measured) == 3 else None
+    sweep = sweep_of(tmp_path, "stopped", "whole")
+    # With the others at their end it is given up as any that is stopped.
+    with pytest.raises(TrainingUnfinished, match=rf"1 training of 2 .*{path} .*[Pp]ut back a copy"):
+        watch(measuring, sweep.folder).to_the_end()
+    assert (steps(stopped), steps(whole)) == ([2], [2, 4, 6])
+    assert capsys.readouterr().out.count(str(path)) == 1
+
+
+@pytest.mark.parametrize("name", [RUN_FILE, JOURNAL_FILE, "checkpoints/epoch_2.pt", BACKBONE_FILE])
+def test_a_damaged_file_of_an_ended_training_is_told_once_and_is_an_error_at_the_end(
+    tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    damaged = Training(tmp_path / "damaged").save(2, "epoch_2").finish(4)
+    path = damage(damaged, name)
+    whole = Training(tmp_path / "whole").finish(4)
+    sweep = sweep_of(tmp_path, "damaged", "whole")
+    watching = watch(measuring, sweep.folder)
+    watching.to_the_end()
+    assert len(read_results(whole.folder)) == 1
+    # What is not damaged itself is evaluated.
+    left_out = {"checkpoints/epoch_2.pt": [4], BACKBONE_FILE: [2]}
+    assert steps(damaged) == left_out.get(name, [2, 4])
+    output = capsys.readouterr().out
+    assert len([line for line in output.splitlines() if f"{path} " in line]) == 1
+    with pytest.raises(DamagedTraining, match=rf"{path} .*[Pp]ut back a copy"):
+        watching.raise_if_damaged()
+
+    # A sound training alone is none.
+    alone = watch(measuring, whole.folder)
+    alone.to_the_end()
+    alone.raise_if_damaged()
+
+
+def test_a_named_run_without_a_readable_record_is_an_error_at_the_end_or_at_once(
+    tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Training(tmp_path / "damaged").finish(4)
+    path = damage(damaged, RUN_FILE)
+    whole = Training(tmp_path / "whole").save(2, "epoch_2").finish(4)
+    watching = watch(measuring, damaged.folder, whole.folder)
+    watching.to_the_end()
+    assert steps(whole) == [2, 4]
+    assert capsys.readouterr().out.count(f"{path} is not a run record") == 1
+    with pytest.raises(DamagedTraining, match=str(path)):
+        watching.raise_if_damaged()
+    with pytest.raises(DamagedFile, match=str(path)):
+        watch(measuring, damaged.folder).to_the_end()
+
+
 def test_a_training_whose_network_an_evaluation_refuses_is_left_out(
     tmp_path: Path,
     measuring: Measuring,
@@ -299,27 +383,15 @@ def test_a_silent_scheduler_is_reported_once_and_asked_again(
 
 
 def test_points_of_a_sweep_may_begin_later(tmp_path: Path, measuring: Measuring) -> None:
-    sweep = Sweep(tmp_path / "runs" / "sweeps" / "s")
-
-    def add(*names: str) -> None:
-        points = []
-        for name in names:
-            folder = tmp_path / "runs" / name
-            words = (f"seed={name}",)
-            points.append(
-                Point(kind="train", name=name, overrides=words, identity=name, folder=folder)
-            )
-        with sweep.locked():
-            sweep.add(points, ["train"])
-
-    add("a", "b")
-    a = Training(tmp_path / "runs" / "a").save(2, "epoch_2").finish(4)
+    runs = tmp_path / "runs"
+    sweep = sweep_of(runs, "a", "b")
+    a = Training(runs / "a").save(2, "epoch_2").finish(4)
     begun: list[Training] = []
 
     def go_on() -> None:
         if len(measuring.measured) == 1:
-            add("c")
-            begun.extend(Training(tmp_path / "runs" / name).finish(5) for name in "bc")
+            sweep_of(runs, "c")
+            begun.extend(Training(runs / name).finish(5) for name in "bc")
 
     measuring.then = go_on
     watch(measuring, sweep.folder).to_the_end()
