@@ -53,8 +53,9 @@ for each in found:
     # Of too few settings, or where all runs have one value, there is no correlation
     if spearman is None:
         continue
+    words = (f"{accuracy.eval}/{accuracy.metric}", accuracy.decoder)
     line = {
-        "accuracy": f"{accuracy.eval}/{accuracy.metric}",
+        "accuracy": ", ".join(filter(None, words)),
         "images": f"{accuracy.dataset} {accuracy.split}",
         "model": accuracy.model,
         "batch norm": accuracy.batch_norm,

@@ -56,6 +56,7 @@ PANEL = (
     "model",
     "view",
     "precision",
+    "decoder",
     "protocol",
     "deviations",
     "eval_settings",
@@ -444,7 +445,7 @@ def _how_to_select(frame: Frame) -> str:
     """Returns the sentence that says how to choose among mixed rows."""
     settings = differing_settings(frame)
     examples = []
-    for field in ("eval", "dataset", "n", "model", "batch_norm", "precision", "images"):
+    for field in ("eval", "dataset", "n", "model", "batch_norm", "precision", "decoder", "images"):
         if field in frame and frame[field].nunique() > 1:
             examples.append(f"{field}={frame[field].iloc[0]}")
     for name, values in settings.items():
@@ -569,7 +570,7 @@ def panel_title(shared: Mapping[str, Any], frame: Frame) -> str:
     more = [f"n = {shared['n']:,}"]
     # Only what tells panels of one evaluation apart
     same = frame[frame["eval"] == shared["eval"]]
-    for field in ("model", "view", "precision", "variant", "metric", "protocol"):
+    for field in ("model", "view", "precision", "decoder", "variant", "metric", "protocol"):
         if same[field].nunique() > 1:
             more.append(str(shared[field]))
     same = same[(same["dataset"] == shared["dataset"]) & (same["n"] == shared["n"])]

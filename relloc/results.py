@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from relloc.errors import DamagedFile, reason
 from relloc.files import append_lines, parse_json, read_lines
-from relloc.results_before import add_series, convert, mark_headlines
+from relloc.results_before import add_decoder, add_series, convert, mark_headlines
 
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5", "avgpool")
 RESULTS_FILE = "results.jsonl"
@@ -36,6 +36,12 @@ _ROW_KEY = "row"
 _ROW_COUNT_KEY = "rows"
 
 _ADVICE = "Remove that line, or put back a copy of the file; what is missing is measured again"
+
+
+def decoder_name(decode: str, *, on_gpu: bool) -> str:
+    """Returns the `Result.decoder` of JPEGs under the setting `decode`, "cpu" or "device"."""
+    # torchvision's decoder on a CPU is libjpeg too.
+    return "nvJPEG" if decode == "device" and on_gpu else ""
 
 
 def closest_to_20(counts: Iterable[int]) -> int:
@@ -131,6 +137,7 @@ class Result(_Number):
         view: how images were cropped and resized. precision: the number format.
         batch_norm: which statistics the backbone used, "as_trained" or "recalibrated".
         strides: "as_trained" if the backbone had strides of its own; "" for the standard ones.
+        decoder: what decoded JPEGs, such as "nvJPEG"; "" for libjpeg, on the CPU.
     What it was measured of:
         checkpoint: a path, or "random" (weights as initialized), or "torchvision" (supervised), or
             "person" (a person answered, and there is no network).
@@ -156,6 +163,7 @@ class Result(_Number):
     precision: str = ""
     batch_norm: str = "as_trained"
     strides: str = ""
+    decoder: str = ""
     fingerprint: str = ""
     measured_in: str = ""
 
@@ -179,7 +187,7 @@ class Result(_Number):
     @property
     def tracked_eval(self) -> str:
         """The evaluation's name in a tracker, such as `linear` or `linear_random_recalibrated`."""
-        return tracked_eval(self.eval, self.checkpoint, self.batch_norm, self.strides)
+        return tracked_eval(self.eval, self.checkpoint, self.batch_norm, self.strides, self.decoder)
 
     @property
     def tracked_name(self) -> str:
@@ -192,10 +200,12 @@ class Result(_Number):
         return "/".join(part for part in parts if part)
 
 
-def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str, strides: str = "") -> str:
+def tracked_eval(
+    evaluation: str, checkpoint: str, batch_norm: str, strides: str = "", decoder: str = ""
+) -> str:
     """Returns the name in a tracker of an evaluation of `checkpoint` under `batch_norm`.
 
-    `strides` is as in a `Result`.
+    `strides` and `decoder` are as in a `Result`.
     """
     name = evaluation
     if checkpoint in NO_FILES:
@@ -204,7 +214,22 @@ def tracked_eval(evaluation: str, checkpoint: str, batch_norm: str, strides: str
         name += "_recalibrated"
     if strides == "as_trained":
         name += "_strides_as_trained"
+    if decoder:
+        name += f"_{decoder}"
     return name
+
+
+def written_fields(row: Result) -> dict[str, Any]:
+    """Returns the fields of a row as files have them.
+
+    Most rows have no `strides` and no `decoder`. These are left out, so that earlier versions read
+    such rows.
+    """
+    fields = dataclasses.asdict(row)
+    for name in ("strides", "decoder"):
+        if not fields[name]:
+            del fields[name]
+    return fields
 
 
 def folder_of_files(evaluation: str, fingerprint: str) -> Path:
@@ -224,13 +249,9 @@ def append_results(run_dir: Path, rows: Iterable[Result]) -> None:
     batch = list(rows)
     lines = []
     for number, row in enumerate(batch, start=1):
-        of_row = dataclasses.asdict(row)
-        # Most rows have none, and earlier versions read these.
-        if not row.strides:
-            del of_row["strides"]
         fields = {
             _FORMAT_KEY: FORMAT,
-            **of_row,
+            **written_fields(row),
             _ROW_KEY: number,
             _ROW_COUNT_KEY: len(batch),
         }
@@ -308,7 +329,7 @@ def _parse_line(line: bytes, location: str) -> _Line:
         are_whole = isinstance(number, int) and isinstance(count, int)
         if not are_whole or not 1 <= number <= count:
             raise ValueError(f"it says that it is row {number} of {count}")
-        fields = convert(fields) if version == 1 else add_series(fields)
+        fields = convert(fields) if version == 1 else add_decoder(add_series(fields))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DamagedFile(f"{problem}: {reason(error)}. {_ADVICE}") from error
 

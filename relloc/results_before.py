@@ -6,7 +6,7 @@ norm: STATISTICS". This is the only module that takes such a sentence apart. Whi
 and unit a number of format 1 gets is listed in `results_before.csv` beside this file.
 
 Before 2026-11-29, lines of either format had no fields `series`, `k` and `spread`: only the name of
-a metric said them.
+a metric said them. Before 2026-11-30, only a detail said which decoder JPEGs were decoded by.
 """
 
 import csv
@@ -29,6 +29,8 @@ _SPREADS = ("std", "min", "max")
 _SERIES = re.compile(r"(?P<name>\w+?)_k(?P<k>\d+)(?P<suffix>(_\w+)?)")
 # Metrics with a number of neighbors, or of images per class, such as `top1_k20` or `map_k16`.
 _METRIC_WITH_COUNT = re.compile(r"[a-z0-9]+_k(\d+)")
+# The detail of rows that were measured by another decoder than libjpeg.
+_DECODED_BY_NVJPEG = "JPEGs decoded by nvJPEG"
 _REPORT_FIELDS = ("table", "column", "layer", "variant", "unit")
 
 
@@ -72,6 +74,13 @@ def add_series(fields: Mapping[str, Any]) -> dict[str, Any]:
         from_name["series"] = match["name"] + match["suffix"]
         from_name["k"] = int(match["k"])
     return {**from_name, **fields}
+
+
+def add_decoder(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a line with `decoder`, where only its details name another decoder."""
+    if "decoder" not in fields and _DECODED_BY_NVJPEG in (fields.get("details") or ()):
+        return {**fields, "decoder": "nvJPEG"}
+    return {**fields}
 
 
 @functools.cache

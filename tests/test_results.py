@@ -262,13 +262,25 @@ def test_what_can_not_be_read_at_all_is_named(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_strides_are_in_the_file_only_where_a_network_had_its_own(tmp_path: Path) -> None:
-    rows = [row(), row(strides="as_trained", model="resnet50 last_stride=1")]
+@pytest.mark.parametrize(("field", "value"), [("strides", "as_trained"), ("decoder", "nvJPEG")])
+def test_what_most_rows_do_not_have_is_in_the_file_only_where_one_has_it(
+    field: str, value: str, tmp_path: Path
+) -> None:
+    rows = [row(), row(**{field: value})]
     append_results(tmp_path, rows)
     assert list(read_results(tmp_path)) == rows
-    standard, own = (tmp_path / RESULTS_FILE).read_text().splitlines()
-    assert "strides" not in json.loads(standard)
-    assert json.loads(own)["strides"] == "as_trained"
+    usual, own = (tmp_path / RESULTS_FILE).read_text().splitlines()
+    assert not {"strides", "decoder"} & json.loads(usual).keys()
+    assert json.loads(own)[field] == value
+
+
+def test_older_rows_whose_details_alone_name_the_decoder_get_the_field(tmp_path: Path) -> None:
+    rows = [row(), row(details=("95 % interval", "JPEGs decoded by nvJPEG"))]
+    append_results(tmp_path, rows)
+    assert "decoder" not in (tmp_path / RESULTS_FILE).read_text()
+    usual, decoded = read_results(tmp_path)
+    assert usual == rows[0]
+    assert decoded == dataclasses.replace(rows[1], decoder="nvJPEG")
 
 
 @pytest.mark.parametrize(
@@ -286,6 +298,11 @@ def test_strides_are_in_the_file_only_where_a_network_had_its_own(tmp_path: Path
         ({"eval": "pretext", "layer": ""}, "pretext/top1"),
         ({"checkpoint": "/runs/random"}, "linear/feature4/top1"),
         ({"strides": "as_trained"}, "linear_strides_as_trained/feature4/top1"),
+        ({"decoder": "nvJPEG"}, "linear_nvJPEG/feature4/top1"),
+        (
+            {"checkpoint": "random", "batch_norm": "recalibrated", "decoder": "nvJPEG"},
+            "linear_random_recalibrated_nvJPEG/feature4/top1",
+        ),
     ],
 )
 def test_tracked_names_tell_what_is_compared(changes: dict[str, str], name: str) -> None:
@@ -294,13 +311,14 @@ def test_tracked_names_tell_what_is_compared(changes: dict[str, str], name: str)
 
 def test_no_two_kinds_of_row_share_a_tracked_name() -> None:
     kinds = [
-        row(eval=run, layer=layer, checkpoint=checkpoint, batch_norm=batch_norm)
+        row(eval=run, layer=layer, checkpoint=checkpoint, batch_norm=batch_norm, decoder=decoder)
         for run in ("linear", "knn")
         for layer in LAYERS
         for checkpoint in ("/runs/one", "random", "torchvision")
         for batch_norm in ("as_trained", "recalibrated")
+        for decoder in ("", "nvJPEG")
     ]
-    assert len({kind.tracked_name for kind in kinds}) == len(kinds) == 72
+    assert len({kind.tracked_name for kind in kinds}) == len(kinds) == 144
 
 
 def test_a_row_without_a_layer_of_the_benchmark_or_without_samples_can_not_exist() -> None:

@@ -395,5 +395,6 @@ def _to_result(
         checkpoint=model.checkpoint,
         model=model.model,
         strides=model.strides,
+        decoder=decoder,
         fingerprint=part.fingerprint,
     )

@@ -23,6 +23,7 @@ from relloc.features.augment import UnitRangeImages
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
 from relloc.patches.normalize import ByDataset
+from relloc.results import decoder_name
 from relloc.seeds import Use, seed_for
 from relloc.terminal import quantity
 
@@ -157,9 +158,7 @@ class EncodeConfig:
     @property
     def decoder(self) -> str:
         """The decoder of JPEGs that enters results, or "" for libjpeg, on the CPU."""
-        # torchvision's decoder on a CPU is libjpeg too.
-        is_nvjpeg = self.decode == "device" and self.device.type == "cuda"
-        return "nvJPEG" if is_nvjpeg else ""
+        return decoder_name(self.decode, on_gpu=self.device.type == "cuda")
 
     @property
     def bf16(self) -> bool:

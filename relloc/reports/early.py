@@ -21,6 +21,7 @@ from relloc.reports.observations import (
     quantity_of,
 )
 from relloc.reports.pretrainings import is_training
+from relloc.results import decoder_name
 from relloc.tracking import read_journal
 from relloc.tracking.journal import Entry
 from relloc.tracking.record import RUN_FILE, RunRecord
@@ -148,4 +149,14 @@ def _quantity_of_monitor(name: str, record: RunRecord) -> Quantity | None:
         view="",
         precision="",
         protocol="",
+        # Crops that pretext accuracy is measured on are decoded on the CPU in any case.
+        decoder="" if is_pretext else _decoder(record),
     )
+
+
+def _decoder(record: RunRecord) -> str:
+    """Returns the decoder of the JPEGs that a training looked at, as in a `Result`."""
+    decode = str(record.params.get("decode", "cpu"))
+    # Runs name their GPUs, or the CPU.
+    on_gpu = record.tags.get("devices", "cpu") != "cpu"
+    return decoder_name(decode, on_gpu=on_gpu)

@@ -130,8 +130,8 @@ def _run_names(results: Iterable[Measured]) -> dict[Path, str]:
 def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
     """Returns a short name for each line, no two alike, in the order in which tables show them.
 
-    Random and supervised weights stand first, then checkpoints by name. Model and batch norm are
-    named only where they are not those of the card.
+    Random and supervised weights stand first, then checkpoints by name. Model, batch norm and the
+    decoder of JPEGs are named only where they are not those of the card.
 
     Example:
         A label in full is "run9, small, recalibrated, seed 1, run gaps", and the usual one is
@@ -147,6 +147,7 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
             line.model,
             line.seed,
             line.batch_norm,
+            line.decoder,
             line.checkpoint,
             natural_sort_key(line.variant),
         )
@@ -160,6 +161,8 @@ def label_lines(lines: Iterable[Line]) -> dict[Line, str]:
             words.append(line.model)
         if line.batch_norm != "as_trained":
             words.append(line.batch_norm)
+        if line.decoder:
+            words.append(line.decoder)
         words.append(f"seed {line.seed}")
         if line.variant:
             words.append(f"run {line.variant}")

@@ -50,6 +50,7 @@ class Line:
     batch_norm: str
     seed: int
     strides: str = ""
+    decoder: str = ""
     variant: str = ""
 
     @property
@@ -94,6 +95,7 @@ class Measured:
             batch_norm=row.batch_norm,
             seed=row.seed,
             strides=row.strides,
+            decoder=row.decoder,
             variant=self.variant,
         )
 

@@ -47,7 +47,7 @@ def missing_evaluations(entries: Sequence[ReportEntry]) -> tuple[MissingEvaluati
     as trained and recalibrated; it is listed once, at the line as trained if there is one.
     """
     filled = {
-        (each.measured.line.without_variant, each.result.table, each.result.column)
+        (_without_decoder(each.measured.line), each.result.table, each.result.column)
         for each in entries
         if each.fills_card
     }
@@ -76,20 +76,41 @@ def missing_evaluations(entries: Sequence[ReportEntry]) -> tuple[MissingEvaluati
 
     # Labels are made of all lines, so that these are named here as in the tables
     shown = {each.measured.line.without_variant for each in entries}
-    labels = label_lines(shown | lines)
+    decoders = _decoders(entries)
+    named = {dataclasses.replace(line, decoder=decoders.get(line, "")): line for line in lines}
+    labels = label_lines(shown | set(named))
     missing = []
-    for line, label in labels.items():
-        if line not in lines:
+    for shown_line, label in labels.items():
+        if shown_line not in named:
             continue
+        line = named[shown_line]
         # What the line as trained lists is measured for this one by the same commands
         as_trained = dataclasses.replace(line, batch_norm="as_trained")
         is_listed_there = line != as_trained and as_trained in lines
         listed = missing_parts(as_trained) if is_listed_there else []
         parts = [part for part in missing_parts(line) if part not in listed]
         if parts:
-            commands = tuple(command(line, part) for part in parts)
+            commands = tuple(command(shown_line, part) for part in parts)
             missing.append(MissingEvaluations(label=label, commands=commands))
     return tuple(missing)
+
+
+def _without_decoder(line: Line) -> Line:
+    """Returns a line as one with that of other decoders, since not all evaluations use them."""
+    return dataclasses.replace(line, decoder="", variant="")
+
+
+def _decoders(entries: Sequence[ReportEntry]) -> dict[Line, str]:
+    """Returns the decoder by which the rest of each line on the card is to be measured, too.
+
+    It is that of the device if any number of the line was measured by it.
+    """
+    decoders: dict[Line, str] = {}
+    for each in entries:
+        if each.fills_card:
+            line = _without_decoder(each.measured.line)
+            decoders[line] = max(decoders.get(line, ""), each.measured.line.decoder)
+    return decoders
 
 
 def command(line: Line, part: CardPart) -> str:
@@ -105,6 +126,8 @@ def command(line: Line, part: CardPart) -> str:
         words.append(f"batch_norm={line.batch_norm}")
     if line.strides:
         words.append(f"strides={line.strides}")
+    if line.decoder and part.may_decode_on_device:
+        words.append("decode=device")
     if line.seed:
         words.append(f"seed={line.seed}")
     line_of_shell = shlex.join(["python", "-m", "relloc.evaluate", *words])

@@ -43,6 +43,7 @@ class Quantity:
     view: str
     precision: str
     protocol: str
+    decoder: str = ""
     progress: float = 1.0
 
     @property
@@ -190,6 +191,7 @@ def quantity_of(each: Measured) -> Quantity:
         view=row.view,
         precision=row.precision,
         protocol=row.protocol,
+        decoder=row.decoder,
     )
 
 
@@ -210,12 +212,14 @@ def _belong_together(measure: Quantity, accuracy: Quantity) -> bool:
     """Returns whether a measure may be held against an accuracy.
 
     They are of one model, and of one layer where both are of a layer. Where both are of frozen
-    features, these have the same batch norm; pretraining and fine-tuning have their own.
+    features, these have the same batch norm and decoder of JPEGs; pretraining and fine-tuning have
+    their own.
     """
     if measure.model != accuracy.model:
         return False
     both_frozen = measure.kind == accuracy.kind == "frozen"
-    if both_frozen and measure.batch_norm != accuracy.batch_norm:
+    seen = [(each.batch_norm, each.decoder) for each in (measure, accuracy)]
+    if both_frozen and len(set(seen)) > 1:
         return False
     layers: Sequence[str] = [each.layer for each in (measure, accuracy) if each.layer]
     return len(set(layers)) <= 1

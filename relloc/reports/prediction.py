@@ -302,6 +302,7 @@ def _title(accuracy: Quantity, found: Sequence[Prediction]) -> str:
         f"{accuracy.eval}/{accuracy.metric} on {accuracy.dataset} {accuracy.split}",
         accuracy.model,
         recalibrated,
+        accuracy.decoder,
         accuracy.variant,
         f"{runs} runs of {settings} settings",
     )
@@ -317,7 +318,8 @@ def _label(measure: Quantity) -> str:
     unit = "pair" if measure.kind == "pretext" else "image"
     recalibrated = ", recalibrated" if measure.batch_norm == "recalibrated" else ""
     images = f"{quantity(measure.n, unit, commas=True)} of {measure.dataset} {measure.split}"
-    return f"{measure.name} ({images}{recalibrated})"
+    decoder = f", {measure.decoder}" if measure.decoder else ""
+    return f"{measure.name} ({images}{recalibrated}{decoder})"
 
 
 def _cell(prediction: Prediction | None, coefficient: str) -> Cell | None:

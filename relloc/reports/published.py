@@ -40,6 +40,7 @@ class CardPart:
             "" where hours.csv has measured hours.
         layer_best_in: The table whose best layer is the layer of these numbers, or "" where there
             is a column for each layer or the layer is given.
+        may_decode_on_device: Whether `decode=device` holds for the evaluation; "yes" in card.csv.
     """
 
     table: str
@@ -52,6 +53,7 @@ class CardPart:
     view: str
     hours: str
     layer_best_in: str
+    may_decode_on_device: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ def card_parts() -> tuple[CardPart, ...]:
         typed: dict[str, Any] = dict(line)
         typed["columns"] = tuple(line["columns"].split("|"))
         typed["images"] = int(line["images"])
+        typed["may_decode_on_device"] = line["may_decode_on_device"] == "yes"
         parts.append(CardPart(**typed))
     return tuple(parts)
 

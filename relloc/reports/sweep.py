@@ -268,7 +268,8 @@ def _described(row: Result, kind: str) -> dict[str, Any]:
     recalibrated = "_recalibrated" if row.batch_norm == "recalibrated" else ""
     unit = "" if row.unit == "%" else f", {row.unit}"
     strides = f"_strides_{row.strides}" if row.strides else ""
-    metric = f"{row.eval}{recalibrated}{strides}/{row.metric}"
+    decoder = f"_{row.decoder}" if row.decoder else ""
+    metric = f"{row.eval}{recalibrated}{strides}{decoder}/{row.metric}"
     # Each point of a training sweep has weights of its own: they share a name, so that they compare
     is_own = kind == "train" and row.checkpoint not in REFERENCE_MODELS
     described = {

@@ -270,6 +270,8 @@ def _by_evaluation(rows: Sequence[Result]) -> dict[str, dict[tuple[str, str], di
             weights = checkpoint.parent.name if len(run_names) > 1 else "pretrained"
         if row.strides:
             weights += f", strides {row.strides.replace('_', ' ')}"
+        if row.decoder:
+            weights += f", {row.decoder}"
         batch_norm = row.batch_norm.replace("_", " ")
         lines = table.setdefault(escaped(evaluation), {})
         values = lines.setdefault((escaped(weights), batch_norm), {})
@@ -306,7 +308,8 @@ def print_measured(rows: Sequence[Result]) -> None:
         if row.headline or is_in_table:
             statistics = row.batch_norm.replace("_", " ")
             strides = f", strides {row.strides.replace('_', ' ')}" if row.strides else ""
-            key = (row.layer, statistics + strides)
+            decoder = f", {row.decoder}" if row.decoder else ""
+            key = (row.layer, statistics + strides + decoder)
             lines.setdefault(key, []).append(f"{row.metric} {_in_digits(row)}")
     for (layer, batch_norm), numbers in lines.items():
         evaluation = f"{rows[0].eval} {layer}".strip()

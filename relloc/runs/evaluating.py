@@ -366,7 +366,7 @@ def evaluate_model(
 
     # Parts of a group share one pass of the images through the backbone.
     open_state = functools.partial(ResumableState, run)
-    log_of = functools.partial(_log_of, model, folder)
+    log_of = functools.partial(_log_of, model, settings, folder)
     for group in group_parts(missing_parts):
         measured = evaluate(
             model,
@@ -400,13 +400,18 @@ def _all_batch_norms(evaluations: Sequence[NamedEvaluation], settings: EvalSetti
     return list(dict.fromkeys(batch_norms))
 
 
-def _log_of(model: EvaluatedModel, folder: RunFolder | None, part: EvalPart) -> LogCurves:
+def _log_of(
+    model: EvaluatedModel, settings: EvalSettings, folder: RunFolder | None, part: EvalPart
+) -> LogCurves:
     """Returns the function that writes curves of a part into the journal of the run folder.
 
     Their names begin as those of the part's results do in a tracker. Processes without the run
     folder write nothing.
     """
-    prefix = tracked_eval(part.named.name, model.checkpoint, part.batch_norm, model.strides)
+    config = part.named.encode_config(settings.encode_config)
+    prefix = tracked_eval(
+        part.named.name, model.checkpoint, part.batch_norm, model.strides, config.decoder
+    )
     journal = Journal(folder.path) if folder else None
 
     def log(numbers: Mapping[str, float], step: int) -> None:

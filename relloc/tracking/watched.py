@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from relloc.files import append_lines, locked, read_json_lines
-from relloc.results import Result
+from relloc.results import Result, written_fields
 from relloc.tracking.journal import Entry
 from relloc.tracking.record import now_ms
 
@@ -56,7 +56,8 @@ def append_watched(run_dir: Path, step: int, rows: Iterable[Result]) -> None:
         for row in rows:
             watched = Watched(step=step, time_ms=now_ms(), result=row)
             if _identity(watched) not in known:
-                lines.append(json.dumps(dataclasses.asdict(watched), ensure_ascii=False))
+                fields = {**vars(watched), "result": written_fields(row)}
+                lines.append(json.dumps(fields, ensure_ascii=False))
         if lines:
             append_lines(path, lines)
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from torch import nn
 
 from relloc.data.order import StepPlan
 from relloc.data.views import RandomCrop, RandomResized, View
 from relloc.features.augment import JitterAndLighting
 from relloc.pretext.relative_location import RelativeLocation
+from relloc.reports.published import card_parts
 from relloc.runs import build
 from relloc.runs.command_settings import Pretraining
 
@@ -190,6 +191,15 @@ def test_a_grid_stands_beside_the_published_rate_and_spans_it(evaluations):
     assert evaluations.linear_in1k.grid_weight_decays == [1e-4, 1e-3]
     assert evaluations.linear_avgpool.grid_lrs == [0.3, 1, 3, 10, 30, 100]
     assert evaluations.linear_avgpool.grid_weight_decays == [0, 1e-6, 1e-5]
+
+
+def test_the_table_of_the_card_says_which_evaluations_may_decode_on_the_device(compose):
+    chosen = compose("evaluate", ["checkpoint=random", "model=resnet50", "eval=card"]).eval
+    parts = [part for part in card_parts() if part.evaluation in chosen]
+    assert len(parts) > 10
+    for part in parts:
+        evaluation = get_class(chosen[part.evaluation]["_target_"])
+        assert part.may_decode_on_device == evaluation.may_decode_on_device
 
 
 def test_evaluations_see_images_as_published(evaluations):

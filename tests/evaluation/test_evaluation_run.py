@@ -34,7 +34,7 @@ from relloc.models.small import SmallBackbone
 from relloc.patches.color import Keep
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
-from relloc.results import Result, Score
+from relloc.results import Result, Score, decoder_name
 
 CPU = torch.device("cpu")
 PX = 96  # the last map of the small network is 2x2
@@ -577,9 +577,18 @@ def test_rows_name_another_decoder_and_are_equal_with_the_same_one(
     peek = {"peek": Peek(look=lambda context: seen.append(context.encode_config.decode))}
     rows_of(model, splits, given, peek)
     assert seen == ["cpu", "cpu"]  # as it does not say that it may decode elsewhere
-    monkeypatch.setattr(EncodeConfig, "decoder", "nvJPEG")
+    assert {row.decoder for row in usual} == {""}
+
+    def of_gpu(config: EncodeConfig) -> str:
+        return decoder_name(config.decode, on_gpu=True)
+
+    monkeypatch.setattr(EncodeConfig, "decoder", property(of_gpu))
+    assert {row.decoder for row in rows_of(model, splits, given, peek)} == {""}
+    assert rows_of(model, splits, settings()) == usual
     for row, before in zip(rows_of(model, splits, given), usual, strict=True):
+        assert row.decoder == "nvJPEG"
         assert any("nvJPEG" in detail for detail in row.details)
+        assert row.tracked_name != before.tracked_name
         assert row.fingerprint != before.fingerprint
         assert row.value == before.value
 

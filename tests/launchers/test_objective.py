@@ -14,7 +14,7 @@ from hydra_plugins.relloc_launchers.objective import (
 from omegaconf import OmegaConf
 
 from relloc.errors import UsageError
-from relloc.results import Result
+from relloc.results import Result, append_results
 
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -65,6 +65,29 @@ def test_of_several_checkpoints_none_is_guessed(tmp_path: Path) -> None:
         objective_of(tmp_path, ("knn/feature4/top1",))
     with pytest.raises(UsageError, match=r"results\.jsonl.* none"):
         objective_of(tmp_path / "nowhere", ("knn/feature4/top1",))
+
+
+def test_a_name_says_no_decoder_where_a_point_has_one_only(tmp_path: Path) -> None:
+    def result(value: float, decoder: str) -> Result:
+        return Result(
+            eval="knn",
+            dataset="set",
+            split="val",
+            layer="feature4",
+            metric="top1",
+            value=value,
+            n=10,
+            seed=0,
+            checkpoint="/run",
+            model="small",
+            decoder=decoder,
+        )
+
+    append_results(tmp_path, [result(40.0, "nvJPEG")])
+    assert objective_of(tmp_path, ("knn/feature4/top1",)) == 40.0
+    append_results(tmp_path, [result(41.0, "")])
+    names = ("knn/feature4/top1", "knn_nvJPEG/feature4/top1")
+    assert objective_of(tmp_path, names) == (41.0, 40.0)
 
 
 def test_only_hydras_own_sweeper_goes_without() -> None:

@@ -220,6 +220,7 @@ def test_only_rows_that_compare_are_put_together(pretrained: NewRun, tmp_path: P
     run(7, model="resnet50")
     run(8, view="another")
     run(9, digest="another")
+    run(11, decoder="nvJPEG")
     pretrained(row("rankme", 1.0), gap=10)  # no accuracy
     found = predictions(observed(tmp_path))
     told = [each for each in found if each.spearman]
@@ -227,6 +228,7 @@ def test_only_rows_that_compare_are_put_together(pretrained: NewRun, tmp_path: P
     for each in found:
         assert each.measure.model == each.accuracy.model
         assert each.measure.batch_norm == each.accuracy.batch_norm
+        assert each.measure.decoder == each.accuracy.decoder
 
 
 def test_the_last_measurement_counts_and_seeds_of_an_evaluation_are_averaged(
@@ -306,6 +308,56 @@ def test_measures_after_a_tenth_are_held_against_the_end(watched, tmp_path: Path
     assert {measure.n for measure in early.measures if measure.eval == "monitor"} == {9}
     [group] = prediction_groups(list(found.values()))
     assert group.title == EARLY_TITLE
+
+
+def test_early_answers_tell_decoders_apart(watched, tmp_path: Path) -> None:
+    """Trainings on the device's decoder beside others, and one that was watched with both."""
+    for gap in range(5):
+        for decode in ("cpu", "device"):
+            folder = watched(gap)
+            record = RunRecord.read(folder)
+            params = {**record.params, "decode": decode}
+            dataclasses.replace(record, params=params, tags={**record.tags, "devices": "H"}).write(
+                folder
+            )
+        append_watched(folder, 10, [row("top1", float(-gap), decoder="nvJPEG")])
+    early = early_observations(observed(tmp_path))
+    n_weights = {
+        (measure.name, measure.decoder): len(values) for measure, values in early.measures.items()
+    }
+    assert n_weights == {
+        ("linear/top1", ""): 10,
+        ("linear/top1", "nvJPEG"): 5,
+        ("RankMe of monitors", ""): 5,
+        ("RankMe of monitors", "nvJPEG"): 5,
+        # Crops of monitors are decoded on the CPU.
+        ("pretext accuracy of monitors", ""): 10,
+    }
+    [group] = prediction_groups(predictions(early))
+    labels = [each.label for table in group.tables for each in table.rows]
+    assert {label for label in labels if "nvJPEG" in label} == {
+        "RankMe of monitors (9 images of photos held_out, nvJPEG)"
+    }
+
+
+def test_a_report_names_the_decoder_of_an_accuracy_and_its_measures(
+    pretrained: NewRun, tmp_path: Path
+) -> None:
+    for gap in range(5):
+        for decoder, sign in (("", 1), ("nvJPEG", -1)):
+            measured = {"decoder": decoder, "fingerprint": decoder}
+            pretrained(
+                row("rankme", sign * float(gap), **measured),
+                row("top1", float(gap), **measured),
+                gap=gap,
+            )
+    tables = prediction_group(predictions(observed(tmp_path))).tables
+    named = {table.title.count("nvJPEG"): table for table in tables}
+    assert named.keys() == {0, 1}
+    for count, table in named.items():
+        spearman, _ = table.rows
+        assert spearman.label.count("nvJPEG") == count
+        assert [cell.text for cell in spearman.cells if cell] == ["-1.00" if count else "1.00"]
 
 
 def test_a_report_has_early_answers_beside_those_at_the_end(

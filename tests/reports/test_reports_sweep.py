@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import itertools
 import re
@@ -336,6 +337,34 @@ def test_both_strides_of_a_network_have_tables_of_their_own(new_point: NewPoint,
     for name, value in (("knn_in1k", "54.6"), ("knn_in1k_strides_as_trained", "59.8")):
         [_, line] = tables(text, f"{name}/top1_k20 on in1k val")
         assert value in line
+
+
+def test_both_decoders_of_a_point_have_tables_of_their_own(new_point: NewPoint, result) -> None:
+    ours = {"checkpoint": "x/backbone.safetensors"}
+    usual = result("knn", "feature5", "top1_k20", 54.6, **ours)
+    of_gpu = result("knn", "feature5", "top1_k20", 59.8, **ours, decoder="nvJPEG")
+    made = [new_point(usual, of_gpu, **{"grid.gap_px": 8})]
+    text = as_markdown(as_report(read_sweep("s", made, done(made)), []))
+    for name, value in (("knn_in1k", "54.6"), ("knn_in1k_nvJPEG", "59.8")):
+        [_, line] = tables(text, f"{name}/top1_k20 on in1k val")
+        assert value in line
+
+
+def test_points_of_both_decoders_are_no_repeats_of_each_other(new_point: NewPoint, result) -> None:
+    points = []
+    for decode, decoder, value in (("cpu", "", 54.6), ("device", "nvJPEG", 59.8)):
+        ours = result("knn", "feature5", "top1_k20", value, checkpoint="x", decoder=decoder)
+        # Random weights were measured alike by all points of a decoder.
+        random = result("knn", "feature5", "top1_k20", value / 10, decoder=decoder)
+        random = dataclasses.replace(random, fingerprint=f"random {decoder}")
+        points += [new_point(ours, random, decode=decode, seed=seed) for seed in (0, 1)]
+    text = as_markdown(as_report(read_sweep("s", points, done(points)), []))
+    usual = tables(text, "knn_in1k/top1_k20 on in1k val")
+    of_gpu = tables(text, "knn_in1k_nvJPEG/top1_k20 on in1k val")
+    assert [line.count("decode=cpu") for line in usual] == [0, 1, 0]
+    assert [line.count("decode=device") for line in of_gpu] == [0, 1, 0]
+    assert "5.5" in usual[2]
+    assert "6.0" in of_gpu[2]
 
 
 def test_of_random_weights_alone_there_is_a_table_and_no_picture(

@@ -430,6 +430,50 @@ def test_a_command_of_a_finer_network_makes_and_sees_it_so() -> None:
     }
 
 
+def test_decoders_have_lines_of_their_own(result: Callable[..., Result]) -> None:
+    values = {"": 51.0, "nvJPEG": 52.0}
+    rows = [
+        result("linear_in1k", "feature4", "top1", value, checkpoint=OURS, decoder=decoder)
+        for decoder, value in values.items()
+    ]
+    rows = [dataclasses.replace(row, fingerprint=f"of {row.decoder}") for row in rows]
+    report = make_report(measured(*rows))
+    lines = rows_of(report, "Linear, ImageNet protocol, top-1")
+    numbers = {
+        label: [cell.text for cell in line.cells if cell]
+        for label, line in lines.items()
+        if not line.is_published
+    }
+    assert numbers == {"card2022, seed 0": ["51.00"], "card2022, nvJPEG, seed 0": ["52.00"]}
+    written = list(csv.DictReader(io.StringIO(as_csv(report))))
+    ours = {line["decoder"]: line["value"] for line in written if line["origin"] == "ours"}
+    assert ours == {"": "51.0", "nvJPEG": "52.0"}
+
+
+def test_what_is_missing_is_measured_by_the_decoder_of_the_line(
+    result: Callable[..., Result],
+) -> None:
+    linear = [
+        result("linear_in1k", f"feature{stage}", "top1", 51.0, checkpoint=OURS, decoder="nvJPEG")
+        for stage in range(1, 6)
+    ]
+    # Detectors decode on the CPU in any case.
+    detected = [detection(result, OURS, metric, 78.9) for metric in ("AP50", "AP", "AP75")]
+    missing = {
+        fill.label: " ".join(fill.commands)
+        for fill in make_report(measured(*linear, *detected)).missing
+    }
+    assert list(missing) == ["random, seed 0", "torchvision, seed 0", "card2022, nvJPEG, seed 0"]
+    assert "decode" not in missing["random, seed 0"]
+    commands = missing["card2022, nvJPEG, seed 0"]
+    for measured_already in ("eval=linear_in1k ", "eval=voc0712_detection "):
+        assert measured_already not in commands
+    for name in ("linear_places205", "voc07_svm", "knn_in1k", "semisup_1"):
+        assert f"eval={name} decode=device " in commands
+    assert "eval=cityscapes_fcn decode" not in commands
+    assert "eval=cityscapes_fcn " in commands
+
+
 def test_lines_that_are_not_on_the_card_get_one_sentence(result: Callable[..., Result]) -> None:
     elsewhere = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, n=300)
     small = result("linear_in1k", "feature4", "top1", 51.0, checkpoint=OURS, model="small")

@@ -195,6 +195,19 @@ def test_numbers_of_two_batch_norms_stand_in_lines_of_their_own(
     assert "2.5" in second
 
 
+def test_numbers_of_two_decoders_stand_in_lines_of_their_own(
+    shown, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = row("knn", "feature4", "/runs/a/backbone.safetensors", value=1.5)
+    of_gpu = dataclasses.replace(usual, decoder="nvJPEG", value=2.5)
+    console.print_measured([usual, of_gpu])
+    for lines in (capsys.readouterr().out, shown(200, [usual, of_gpu])):
+        [first] = [line for line in lines.splitlines() if "1.5" in line]
+        [second] = [line for line in lines.splitlines() if "2.5" in line]
+        assert "nvJPEG" not in first
+        assert "nvJPEG" in second
+
+
 def test_time_left_is_counted_from_the_first_call_and_a_text_made_where_it_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

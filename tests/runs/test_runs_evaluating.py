@@ -35,7 +35,7 @@ from relloc.results import Result, Score, read_results
 from relloc.runs.evaluating import ABOUT_FILE, evaluate_model
 from relloc.runs.folder import RunFolder
 from relloc.runs.reusing import EvalRun, state_file
-from relloc.tracking import list_artifacts_to_send
+from relloc.tracking import list_artifacts_to_send, read_journal
 
 CPU = torch.device("cpu")
 ran: list[object] = []  # what evaluations did, in order: epochs of training, and names of studies
@@ -177,6 +177,18 @@ class Spread(Evaluation):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve(Spread):
+    """An evaluation with a curve, whose images may be decoded on the device."""
+
+    may_decode_on_device = True
+    layers: Sequence[str] = ()
+
+    def run(self, context: Context) -> Iterator[Score]:
+        context.log({"end": 1.0}, 1)
+        yield Score(metric="end", value=1.0, n=1)
+
+
 def model() -> EvaluatedModel:
     torch.manual_seed(0)
     return EvaluatedModel(
@@ -218,6 +230,19 @@ def measured(run_dir: Path, evaluations: dict[str, Evaluation], *batch_norms: st
 @pytest.fixture(autouse=True)
 def nothing_ran() -> None:
     ran.clear()
+
+
+def test_curves_have_the_names_of_their_rows_whatever_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for decoder in ("", "nvJPEG"):
+        monkeypatch.setattr(EncodeConfig, "decoder", decoder)
+        [row] = measured(tmp_path / f"run {decoder}", {"curve": Curve()})
+        [entry] = read_journal(tmp_path / f"run {decoder}")
+        assert entry.metrics == {row.tracked_name: row.value}
+        found[decoder] = row.tracked_name
+    assert found == {"": "curve/end", "nvJPEG": "curve_nvJPEG/end"}
 
 
 def test_boxes_and_a_study_become_rows_and_files_of_the_run(

@@ -275,6 +275,21 @@ def test_results_give_a_value_a_layer_and_a_curve_over_the_layers(
     assert stored == Counter(expected)
 
 
+def test_numbers_of_another_decoder_have_names_of_their_own(uri: str, new_run: NewRun) -> None:
+    run_dir = new_run()
+    usual = dataclasses.replace(LINEAR, value=30.0)
+    append_results(run_dir, [usual, dataclasses.replace(usual, decoder="nvJPEG", value=31.0)])
+    sync(run_dir, uri)
+    assert points(run_dir, uri) - JOURNAL_POINTS == Counter(
+        [
+            ("linear/feature1/top1", 0, 30.0),
+            ("linear/top1_by_layer", 1, 30.0),
+            ("linear_nvJPEG/feature1/top1", 0, 31.0),
+            ("linear_nvJPEG/top1_by_layer", 1, 31.0),
+        ]
+    )
+
+
 def test_a_curve_of_tests_does_not_begin_with_the_result_that_it_ends_with(
     uri: str, new_run: NewRun
 ) -> None:

@@ -41,6 +41,15 @@ def test_a_measurement_is_noted_once_whoever_measured_it(tmp_path: Path) -> None
     assert seen == [(8, 40.0, curve), (16, 40.0, curve), (16, 41.0, curve)]
 
 
+def test_decoders_have_curves_of_their_own_and_usual_lines_name_none(tmp_path: Path) -> None:
+    append_watched(tmp_path, 8, [ROW, dataclasses.replace(ROW, decoder="nvJPEG")])
+    curves = [each.curve for each in read_watched(tmp_path)]
+    assert curves == ["watch/knn/feature4/top1_k20", "watch/knn_nvJPEG/feature4/top1_k20"]
+    usual, of_gpu = map(json.loads, (tmp_path / WATCHED_FILE).read_text().splitlines())
+    assert not {"strides", "decoder"} & usual["result"].keys()
+    assert of_gpu["result"]["decoder"] == "nvJPEG"
+
+
 def test_a_half_line_is_cut_off_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     append_watched(tmp_path, 8, [ROW])
     path = tmp_path / WATCHED_FILE

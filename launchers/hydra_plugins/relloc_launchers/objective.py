@@ -4,6 +4,7 @@ The setting `objective` names it, such as linear_fast/feature4/top1.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
@@ -56,7 +57,8 @@ def check_names(config: DictConfig, kind: str) -> None:
     ]
     for name in names_of(config):
         first = name.partition("/")[0]
-        # Weights and batch norm may follow the evaluation's name, as in knn_random_recalibrated.
+        # Weights, batch norm and decoder may follow the evaluation's name, as in
+        # knn_random_recalibrated.
         is_measured = any(first == one or first.startswith(f"{one}_") for one in evaluations)
         if not is_measured:
             raise UsageError(
@@ -84,6 +86,8 @@ def objective_of(folder: Path, names: tuple[str, ...]) -> float | tuple[float, .
 def _value(rows: Sequence[Result], name: str, folder: Path) -> float:
     """Returns the value of the result `name` among the rows of a run folder."""
     named = [row for row in rows if row.tracked_name == name]
+    # A name says no decoder if each point has one only, that of `decode=`.
+    named = named or [row for row in rows if replace(row, decoder="").tracked_name == name]
     if not named:
         known = ", ".join(dict.fromkeys(row.tracked_name for row in rows)) or "none"
         raise UsageError(
