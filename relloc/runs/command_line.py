@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import OverrideParseException
 
 from relloc.errors import UsageError
@@ -337,11 +337,12 @@ def _check_path(key: str, value: str, word: Override) -> None:
 def values(word: Override) -> list[Any]:
     """Returns the value that a word sets, or all values that a sweep lists.
 
-    For a sweep over a range there are none.
+    For a sweep over a range there are none, and for one over members that match a pattern, which
+    Hydra lists when it composes the sweep.
     """
     if not word.is_sweep_override():
         return [word.value()]
-    if not word.is_choice_sweep():
+    if not word.is_choice_sweep() or word.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return []
     # Hydra gives the values of a sweep as texts, which are parsed once more.
     found = []

@@ -97,6 +97,8 @@ class Invocation:
             tags["relloc.packed"] = "; ".join(dict.fromkeys(packings))
         if self.choices.get("experiment"):
             tags["relloc.preset"] = str(self.choices["experiment"])
+        if self.choices.get("ablation"):
+            tags["relloc.preset"] = f"ablation/{self.choices['ablation']}"
         # The launcher of a sweep sets the first variable, a SLURM job the second: NAME=VALUE;...
         if os.environ.get("RELLOC_SWEEP"):
             tags["relloc.sweep"] = os.environ["RELLOC_SWEEP"]

@@ -25,7 +25,7 @@ EVALUATING_COMMANDS = ("evaluate", "study")
 # The groups that evaluations are chosen from, and the settings that hold them
 EVALUATION_GROUPS = ("eval", "study")
 # The groups that `~GROUP` leaves out, also where a preset chooses a member
-OPTIONAL_GROUPS = ("chroma_blur", "aperture", "rotation", "curriculum", "experiment")
+OPTIONAL_GROUPS = ("chroma_blur", "aperture", "rotation", "curriculum", "experiment", "ablation")
 # A data set chooses the member of these groups that has its own name, if there is one.
 CHOSEN_BY_DATA = ("recipe", "probe")
 

@@ -1,6 +1,7 @@
 """Every command written in conf/ composes; those of presets run where their images are."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ def written_commands(*groups: str) -> list[tuple[str, str]]:
 def as_typed(words: str, folder: Path) -> list[str]:
     """The words with files and folders that there are, and of a sweep those of its first point."""
     sweeps, typed = "-m" in words.split(), []
-    for word in words.split():
+    for word in shlex.split(words):
         key, _, value = word.partition("=")
+        if value == "glob(*)":
+            value = settings.members(key)[0]
         if sweeps and not value.startswith("["):
             value = value.partition(",")[0]
         for name, meant in STANDS_FOR.items():

@@ -81,7 +81,7 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]
-    others = ["allpairs", "curriculum", "mundhenk2018", "offgrid"]
+    others = ["ablation", "allpairs", "curriculum", "mundhenk2018", "offgrid"]
     assert members("experiment") == sorted([*published, *others, "gap_jitter", "gap_jitter_small"])
 
 

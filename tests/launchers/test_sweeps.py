@@ -14,6 +14,7 @@ import pytest
 from commands import start
 from hydra import compose, initialize_config_dir
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
+from noise_folder import write_noise
 from omegaconf import OmegaConf
 
 import relloc as relloc_package
@@ -339,6 +340,16 @@ def test_the_batch_script(tmp_path: Path, single: bool) -> None:
     if os.environ.get("RELLOC_ACCEPT"):
         GOLDEN.write_text(told)
     assert told == GOLDEN.read_text(), accept
+
+
+@pytest.mark.slow
+def test_every_member_of_a_group_may_be_a_point(tmp_path: Path) -> None:
+    root = write_noise(tmp_path / "photographs")
+    words = ("experiment=ablation", "ablation=glob(*,exclude=wide)", f"data.root={root}", "eval=[]")
+    done = relloc(tmp_path, "train", "-m", *words, "launcher=slurm", "launcher.dry_run=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    n_variants = len(list((conf_dir() / "ablation").glob("*.yaml"))) - 1
+    assert f"{n_variants} points, {n_variants} to run" in done.stderr + done.stdout
 
 
 @pytest.mark.slow

@@ -147,6 +147,12 @@ def test_a_launcher_may_take_several_values(word: str) -> None:
     command_line.check(["launcher=slurm", word], sweeps=False)
 
 
+def test_members_that_match_a_pattern_are_left_to_hydra() -> None:
+    [word] = command_line.check(["color=glob(*)"], sweeps=True)
+    assert command_line.values(word) == []
+    assert "several values" in refused("color=glob(*)")
+
+
 def test_names_that_stay_the_same_may_look_like_numbers() -> None:
     command_line.check(["sweep=3", "hydra.run.dir=2024", "runs=7"], sweeps=False)
     assert "'sweep=" in refused("sweep=2024_10")
