@@ -45,6 +45,7 @@ from relloc.runs.evaluating import (
     print_report,
 )
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
+from relloc.runs.image_sizes import check_sizes
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import pretraining_name
 from relloc.runs.pretext_models import make_pretext_model
@@ -86,7 +87,7 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         # Missing data of an evaluation is an error now, not after days of training.
         evaluations, left_out = settings.named_evaluations(data)
         print_left_out(left_out)
-        check_images(_measurable(evaluations), settings.encode_config(engine))
+        _check_data(settings, data, evaluations, engine)
         if ranks.rank() == 0:
             _warn_of_small_shards(settings)
             _report_scaled_schedule(settings)
@@ -157,6 +158,14 @@ def pretrain(settings: Pretraining, invocation: Invocation) -> None:
         if names != _default_evaluations():
             words.append(f"eval={as_value(names)}")
         console.print_next("evaluate", *words, *_words_of_evaluations(invocation, names, settings))
+
+
+def _check_data(
+    settings: Pretraining, data: Splits, evaluations: Sequence[NamedEvaluation], engine: Engine
+) -> None:
+    """Raises `UsageError` or `DataError` for images that will not do, also after the training."""
+    check_images(_measurable(evaluations), settings.encode_config(engine))
+    check_sizes(settings, data)
 
 
 def _measurable(evaluations: Sequence[NamedEvaluation]) -> list[NamedEvaluation]:
