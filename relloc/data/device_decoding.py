@@ -52,6 +52,10 @@ _MOST_FAILED = 0.1
 _FEW_FAILED = 100
 
 
+def _note_nothing(_indices: Sequence[int]) -> None:
+    pass
+
+
 def load_to_device(
     samples: UndecodedSamples,
     batches: Iterable[list[Any]],
@@ -60,6 +64,7 @@ def load_to_device(
     device: torch.device,
     print_message: Callable[[str], None] = lambda _text: None,
     stopping: Callable[[], bool] = never,
+    note_failed: Callable[[Sequence[int]], None] = _note_nothing,
 ) -> Iterator[ImageBatch]:
     """Yields one batch on `device` for each list of sample keys, in their order.
 
@@ -67,14 +72,15 @@ def load_to_device(
     decoder. Beside what the caller computes, two threads make the next ones, each on a stream of
     its own on a GPU, so that one prepares its batch while the other's is decoded. At most four
     batches are in the memory of the device. With 0 `workers` this process reads and decodes them
-    one after another. `print_message` and `stopping` are those of `ReadingProcesses`.
+    one after another. `print_message` and `stopping` are those of `ReadingProcesses`, and
+    `note_failed` that of `BatchDecoder`.
 
     Raises:
         Interrupted: a worker was killed.
         NoImagesCame: the run was asked to stop, and no images came.
         UsageError: the device can't decode JPEGs, or not enough of these.
     """
-    decode = BatchDecoder(samples, device)
+    decode = BatchDecoder(samples, device, note_failed)
     with contextlib.ExitStack() as until_read:
         if workers:
             read = functools.partial(_read_and_hand_over, samples)
@@ -109,14 +115,21 @@ class BatchDecoder:
 
     An image that the device can't decode is decoded on the CPU from its own file, as if there was
     no device: it may be readable there, or be reported as unreadable, or be replaced.
+    `note_failed` is called with the indices of images of a batch that only the CPU could decode.
 
     Raises (from calls, too):
         UsageError: the device can't decode JPEGs, or not enough of these.
     """
 
-    def __init__(self, samples: UndecodedSamples, device: torch.device) -> None:
+    def __init__(
+        self,
+        samples: UndecodedSamples,
+        device: torch.device,
+        note_failed: Callable[[Sequence[int]], None] = _note_nothing,
+    ) -> None:
         self._samples = samples
         self._device = device
+        self._note_failed = note_failed
         # How many JPEGs were sent, and how many of them only the CPU could decode
         self._n_jpegs = 0
         self._n_failed = 0
@@ -270,22 +283,23 @@ class BatchDecoder:
         Raises:
             UsageError: the latter are too many.
         """
-        n_failed = 0
+        failed = []
         for place, sample in on_cpu.items():
             # Another index is that of an image that replaces one which can't be read at all.
             if sample.pixels is not None and sample.index == message.images[place].index:
-                n_failed += 1
+                failed.append(sample.index)
         # Two threads make batches.
         with self._counting:
             self._n_jpegs += sum(sent.pixels_size is None for sent in message.images)
-            self._n_failed += n_failed
+            self._n_failed += len(failed)
+            self._note_failed(failed)
             n_jpegs, n_all_failed = self._n_jpegs, self._n_failed
         if n_all_failed > max(_FEW_FAILED, _MOST_FAILED * n_jpegs):
             raise UsageError(
                 f"decode=device, but {self._device} can't decode {n_all_failed} of {n_jpegs} "
                 "JPEGs, which the CPU can: give decode=cpu"
             )
-        if n_failed:
+        if failed:
             # The same text each time, so that Python shows it once.
             warnings.warn(
                 f"JPEGs that {self._device} can't decode are decoded on the CPU", stacklevel=2

@@ -47,6 +47,7 @@ from relloc.features.source import (
 )
 from relloc.models.backbone import Backbone
 from relloc.results import Result, Score, folder_of_files
+from relloc.terminal import quantity
 
 # The features of evaluations that read none.
 NO_FEATURES = Bank(
@@ -233,7 +234,11 @@ def evaluate(
     """
     # All parts of a group agree in everything that is read from the first one here.
     first = parts[0]
-    encode_config = first.named.encode_config(settings.encode_config)
+    # The names of images that the device's decoder left to the CPU, so far.
+    left_to_cpu: dict[str, str] = {}
+    encode_config = dataclasses.replace(
+        first.named.encode_config(settings.encode_config), note_left_to_cpu=left_to_cpu.update
+    )
     settings = dataclasses.replace(settings, encode_config=encode_config)
     backbone, details = _prepare_backbone(model.backbone, first, settings)
     details = (*model.details, *details)
@@ -264,10 +269,24 @@ def evaluate(
             asks_pretext=_asks_pretext(part.evaluation, part.batch_norm, settings),
             checkpoint=model.checkpoint,
         )
-        results = []
-        for score in part.evaluation.run(context):
-            results.append(_to_result(score, part, model, settings, details))
-        yield part, results
+        scores = list(part.evaluation.run(context))
+        # Known only now that the images were read
+        decoding = _decoding_details(encode_config.decoder, left_to_cpu)
+        yield (
+            part,
+            [_to_result(score, part, model, settings, details, decoding) for score in scores],
+        )
+
+
+def _decoding_details(decoder: str, left_to_cpu: dict[str, str]) -> tuple[str, ...]:
+    """Returns details on who decoded the images; `left_to_cpu` names those of this process."""
+    if not decoder:
+        return ()
+    details = [f"JPEGs decoded by {decoder}"]
+    n_left = len(ranks.union(left_to_cpu))
+    if n_left:
+        details.append(f"decoded by the CPU in its place: {quantity(n_left, 'JPEG', commas=True)}")
+    return tuple(details)
 
 
 def _prepare_backbone(
@@ -365,8 +384,9 @@ def _to_result(
     model: EvaluatedModel,
     settings: EvalSettings,
     details: tuple[str, ...],
+    decoding: tuple[str, ...],
 ) -> Result:
-    """Returns the score as a `Result`; `details` are added to those of the score."""
+    """Returns the score as a `Result`; `details` and `decoding` are added to those of the score."""
     splits = part.named.splits
     images = splits.train if score.on_train else splits.held_out
     # A score and a result share their fields, except for what the runner knows.
@@ -383,9 +403,7 @@ def _to_result(
     # The details are about the backbone, under the part's batch norm.
     if measured["batch_norm"] == part.batch_norm:
         measured["details"] = (*score.details, *details)
-    decoder = settings.encode_config.decoder
-    if decoder:
-        measured["details"] = (*measured["details"], f"JPEGs decoded by {decoder}")
+    measured["details"] = (*measured["details"], *decoding)
     return Result(
         **measured,
         eval=part.named.name,
@@ -395,6 +413,6 @@ def _to_result(
         checkpoint=model.checkpoint,
         model=model.model,
         strides=model.strides,
-        decoder=decoder,
+        decoder=settings.encode_config.decoder,
         fingerprint=part.fingerprint,
     )

@@ -67,7 +67,7 @@ def no_progress(batches: Iterable[T], _what: str, _total: int) -> Iterable[T]:
     return batches
 
 
-def _note_nothing(_reasons: dict[str, str]) -> None:
+def _note_nothing(_noted: dict[str, str]) -> None:
     pass
 
 
@@ -140,6 +140,8 @@ class EncodeConfig:
         stopping: returns whether the run was asked to stop, for waits within a step.
         note_unreadable: is called with the names of unreadable images and the reasons, as they are
             met.
+        note_left_to_cpu: is called with the names of images whose JPEGs the device can't decode,
+            and that the CPU decoded, as they are met. The texts beside them are empty.
     """
 
     batch: int
@@ -154,6 +156,7 @@ class EncodeConfig:
     compile: Callable[[Any], Any] = _not_compiled
     stopping: Callable[[], bool] = never
     note_unreadable: Callable[[dict[str, str]], None] = _note_nothing
+    note_left_to_cpu: Callable[[dict[str, str]], None] = _note_nothing
 
     @property
     def decoder(self) -> str:
@@ -227,12 +230,17 @@ class EncodeConfig:
     ) -> Iterator[ImageBatch]:
         views = Views(images, view)
         if self.decode == "device":
+
+            def note_failed(indices: Sequence[int]) -> None:
+                self.note_left_to_cpu(dict.fromkeys(map(images.source, indices), ""))
+
             return load_to_device(
                 views,
                 batches,
                 workers=self.workers,
                 device=self.device,
                 stopping=self.stopping,
+                note_failed=note_failed,
             )
         return load(
             views,

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from contexts import context
 from PIL import Image
 
+from relloc.data import device_decoding
 from relloc.data.folder import FolderImages
 from relloc.data.image_set import Splits
 from relloc.data.views import Center, RandomResized, View
@@ -591,6 +593,43 @@ def test_rows_name_another_decoder_and_are_equal_with_the_same_one(
         assert row.tracked_name != before.tracked_name
         assert row.fingerprint != before.fingerprint
         assert row.value == before.value
+
+
+def test_rows_say_how_many_jpegs_were_left_to_the_cpu(
+    model: EvaluatedModel, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_splits: list[FolderImages] = []
+    for images in (splits.train, splits.held_out):
+        assert isinstance(images, FolderImages)
+        paths = []
+        for path in images.paths:
+            paths.append(str(tmp_path / f"{Path(path).stem}.jpg"))
+            Image.open(path).save(paths[-1])
+        of_splits.append(dataclasses.replace(images, paths=paths))
+    in_jpegs = Splits(train=of_splits[0], held_out=of_splits[1])
+    refused = {
+        Path(images.paths[index]).read_bytes()
+        for images, index in zip(of_splits * 2, (1, 2, 8, 9), strict=True)
+    }
+
+    def decode_most(jpegs: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+        if any(each.numpy().tobytes() in refused for each in jpegs):
+            raise RuntimeError("nvjpegDecode failed")
+        return decode(jpegs, **options)
+
+    decode: Any = device_decoding.decode_jpeg
+    monkeypatch.setattr(device_decoding, "decode_jpeg", decode_most)
+    monkeypatch.setattr(EncodeConfig, "decoder", "nvJPEG")
+    # Without room for features images are read again and again, and counted once.
+    given = settings(decode="device", bank_gib=0.0)
+    with pytest.warns(UserWarning, match="CPU"):
+        rows = rows_of(model, in_jpegs, given)
+    assert len(rows) > 2
+    for row in rows:
+        assert row.details[-2:] == (
+            "JPEGs decoded by nvJPEG",
+            "decoded by the CPU in its place: 4 JPEGs",
+        )
 
 
 def test_layers_that_know_nothing_of_each_other_are_finished_and_found_one_by_one(
