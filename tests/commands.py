@@ -1,7 +1,10 @@
 """Commands that a test may kill, forked from a process that has relloc imported to start fast."""
 
 import contextlib
+import dataclasses
 import functools
+import importlib
+import inspect
 import multiprocessing
 import os
 import runpy
@@ -12,14 +15,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from relloc.tracking.imports import SETTINGS
 
-DEADLINE_S = 120
+DEADLINE_S = 600
 # One thread, as torchrun sets it: sums in another order would hide differences between processes.
 FIXED = {"COLUMNS": "160", "HYDRA_FULL_ERROR": "0", "OMP_NUM_THREADS": "1"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hold:
+    """Where a command waits for the test, so that it does not end before the test has acted.
+
+    It waits before each call of `function`, as MODULE:NAME, whose argument `of` is `least` or more;
+    where `of` is not given, before call number `least` and all later ones.
+    """
+
+    function: str
+    least: int
+    of: str | None = None
 
 
 class Command:
@@ -36,6 +53,15 @@ class Command:
     @property
     def pid(self) -> int:
         return self.processes[0].pid or 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits, or has waited, at its `Hold`."""
+        return _beside(self.output, "held").exists()
+
+    def go_on(self) -> None:
+        """From here on it does not wait at its `Hold` any more."""
+        _beside(self.output, "go_on").touch()
 
     def wait_for(self, true: Callable[[], object]) -> bool:
         """Whether it came true before a process of the command ended."""
@@ -75,11 +101,13 @@ def start(
     messages: Path | None = None,
     environment: Mapping[str, str] | None = None,
     processes: int = 1,
+    hold: Hold | None = None,
 ) -> Command:
     """Start `python -m MODULE ARGUMENTS`, or `python MODULE` for a file, in an existing folder.
 
     What it prints goes to the file `output`, or, where `messages` is given, what it prints on
-    stderr goes there. Of several processes each is told what torchrun tells it.
+    stderr goes there. Of several processes each is told what torchrun tells it. With `hold` it
+    waits there until `go_on` is called, or until it is killed.
     """
     if environment is None:
         environment = {**os.environ, **FIXED, "RELLOC_RUNS": str(folder / "runs")}
@@ -90,7 +118,7 @@ def start(
     together = _together(processes) if processes > 1 else [{}]
     started = [
         _server().Process(
-            target=_become, args=(module, arguments, folder, told, {**environment, **of_rank})
+            target=_become, args=(module, arguments, folder, told, {**environment, **of_rank}, hold)
         )
         for of_rank in together
     ]
@@ -152,6 +180,7 @@ def _become(
     folder: Path,
     told: tuple[Path, Path],
     environment: Mapping[str, str],
+    hold: Hold | None,
 ) -> None:
     multiprocessing.set_start_method(
         None, force=True
@@ -164,7 +193,37 @@ def _become(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [module, *arguments]
+    if hold is not None:
+        _wait_at(hold, told[0])
     sys.exit(_exit_code(module))
+
+
+def _beside(output: Path, name: str) -> Path:
+    return output.with_name(f".{output.name}.{name}")
+
+
+def _wait_at(hold: Hold, output: Path) -> None:
+    """Has this process, and those that it forks, wait where `hold` says."""
+    module, _, name = hold.function.partition(":")
+    *outer, last = name.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    function = getattr(owner, last)
+    signature = inspect.signature(function)
+    n_calls = 0
+
+    @functools.wraps(function)
+    def wait_and_call(*arguments: Any, **named: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        given = n_calls
+        if hold.of is not None:
+            given = signature.bind(*arguments, **named).arguments[hold.of]
+        while given >= hold.least and not _beside(output, "go_on").exists():
+            _beside(output, "held").touch()
+            time.sleep(0.01)
+        return function(*arguments, **named)
+
+    setattr(owner, last, wait_and_call)
 
 
 def _exit_code(module: str) -> str | int | None:

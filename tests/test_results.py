@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_midway_is_an_error_and_whole_rows_stay(tmp_path: P
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -153,7 +153,7 @@ def test_a_write_that_fails_midway_says_what_to_do_and_what_was_before_still_loa
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -338,7 +338,7 @@ assert loaded.shape == weight.shape and loaded[-1] == 1
         [sys.executable, "-c", program, str(tmp_path / "a.pt")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

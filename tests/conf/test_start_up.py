@@ -16,7 +16,7 @@ def test_a_config_is_shown_without_torch_or_mlflow(tmp_path) -> None:
         "grid.gap_px=33",
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+        command, capture_output=True, text=True, timeout=240, check=True, cwd=tmp_path
     )
     assert "gap_px: 33" in done.stdout
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

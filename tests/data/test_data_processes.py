@@ -34,7 +34,7 @@ def leave_file(folder: Path, job: int, tick: Callable[[], None]) -> None:
 def fail(error: Exception, job: int, tick: Callable[[], None]) -> None:
     if job == 1:
         raise error
-    for _ in range(600):  # ended with the other process, not waited for
+    for _ in range(6000):  # ended with the other process, not waited for
         time.sleep(0.1)
 
 
@@ -80,7 +80,7 @@ def test_an_error_ends_all_processes_and_comes_out_as_it_was(error: Exception) -
             functools.partial(fail, error), range(2), workers=2, total=2, done=0, progress=Shown()
         )
     assert str(caught.value) == str(error)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
 
 
 def test_a_killed_process_is_told() -> None:

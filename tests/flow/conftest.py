@@ -65,7 +65,7 @@ def relloc(
             command = start(
                 *line, folder=tmp_path, output=output, environment=environment, processes=processes
             )
-            return Done(code=command.wait(300), text=command.text)
+            return Done(code=command.wait(600), text=command.text)
         result = subprocess.run(
             [sys.executable, "-m", *line],
             cwd=tmp_path,
@@ -73,7 +73,7 @@ def relloc(
             stdout=-1,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=600,
             **more,
         )
         return Done(code=result.returncode, text=result.stdout)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from annotated_sets import voc_annotation, voc_object, write_text
-from commands import Command, start
+from commands import Command, Hold, start
 from test_segmentation import voc as write_squares
 
 from relloc.checkpoints.states import load_state
@@ -65,7 +65,9 @@ def segmenter_words(folder: Path) -> list[str]:
     ]
 
 
-def start_evaluation(name: str, folder: Path, words: list[str]) -> Command:
+def start_evaluation(
+    name: str, folder: Path, words: list[str], hold: Hold | None = None
+) -> Command:
     """The run folder is `folder / "run"`. States are saved at every report."""
     of = f"eval.{name}"
     return start(
@@ -77,6 +79,7 @@ def start_evaluation(name: str, folder: Path, words: list[str]) -> Command:
         *words,
         f"hydra.run.dir={folder / 'run'}",
         folder=folder,
+        hold=hold,
     )
 
 
@@ -106,7 +109,9 @@ def test_killed_within_a_step_it_ends_with_the_results_of_a_run_never_stopped(
     run = folders[1] / "run"
     seed = random.randrange(1_000_000)
     print("seed of the moment:", seed)  # shown where the test fails
-    first = start_evaluation(name, folders[1], words)
+    # It waits for the kill before its last report.
+    hold = Hold(function="relloc.tracking.journal:Journal.log", of="step", least=ITERATIONS)
+    first = start_evaluation(name, folders[1], words, hold)
     assert first.wait_for(lambda: reported(run) >= REPORT_EVERY), first.text
     first_report = time.monotonic()
     assert first.wait_for(lambda: reported(run) >= 2 * REPORT_EVERY), first.text

@@ -55,7 +55,7 @@ def run(place: str, folder: Path, module: str, *words: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout
     assert "Traceback" not in done.stdout

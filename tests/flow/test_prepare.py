@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from commands import descendants, start
+from commands import Hold, descendants, start
 from mixed_folder import BROKEN, write_many, write_mixed
 from safetensors.torch import load_file
 from tiny import TINY
@@ -89,6 +89,8 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(
         *line,
         folder=tmp_path,
         output=tmp_path_factory.mktemp("output") / "output.txt",
+        # Each of the two processes packs no more than half of its eleven parts.
+        hold=Hold(function="relloc.data.packing:_pack_part", least=6),
     )
     assert command.wait_for(lambda: len(list(tmp_path.glob(f"out/{UNFINISHED}/*-*.json"))) >= 3), (
         command.text
@@ -97,6 +99,7 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(
     assert writing
     os.kill(command.pid, signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL
+    command.go_on()
     deadline = time.monotonic() + 120
     while alive(writing) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -201,6 +204,7 @@ def test_a_training_from_enlarged_pixels_goes_on_to_the_bit_and_is_evaluated(
         "hydra.run.dir=killed",
         folder=tmp_path,
         output=tmp_path_factory.mktemp("output") / "output.txt",
+        hold=Hold(function="relloc.tracking.journal:Journal.log", of="step", least=19),
     )
     killed = tmp_path / "killed"
     assert command.wait_for(lambda: len(read_journal(killed)) >= 5), command.text

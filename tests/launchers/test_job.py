@@ -63,7 +63,7 @@ def save(number, _frame):
     sys.exit(128 + number)
 signal.signal(signal.SIGUSR2, save)
 pathlib.Path("started").touch()
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -100,7 +100,8 @@ def signalled(job: DelayedSubmission) -> list[str]:
 
     def send() -> None:
         end = time.monotonic() + 60
-        while not Path("started").exists() and time.monotonic() < end:
+        # The command may be ahead of the process that started it, which does not know it yet.
+        while not (Path("started").exists() and job.function._pid) and time.monotonic() < end:
             time.sleep(0.02)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
 

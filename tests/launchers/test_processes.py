@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra_plugins.relloc_launchers.processes import ProcessLauncher
@@ -47,10 +48,16 @@ def test_what_a_signal_ends_before_it_began_was_stopped(
     assert [now.status for now in point_statuses([made], {})] == [Status.STOPPED]
 
 
-WAITS = (
-    "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(129)); "
-    "open('begun', 'w'); signal.pause()"
-)
+# It looks again and again: signal.pause() misses a signal that comes just before it.
+WAITS = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGHUP, lambda *_: asked.append(129))
+pathlib.Path("begun").touch()
+while not asked:
+    time.sleep(0.01)
+sys.exit(asked[0])
+"""
 
 
 def test_a_closed_terminal_reaches_the_points(
@@ -68,6 +75,23 @@ def test_a_closed_terminal_reaches_the_points(
     asked.start()
     _, made = run(tmp_path, WAITS, processes=2)
     asked.join()
+    assert [now.status for now in point_statuses([made], {})] == [Status.STOPPED]
+
+
+def test_a_signal_that_comes_while_a_point_is_started_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the launcher as it is now: Hydra, in other tests, imports plugins again.
+    names = ProcessLauncher._start_next.__globals__
+    start_noted = names["start_noted"]
+
+    def start_and_hang_up(*words: Any, **named: Any) -> Any:
+        process = start_noted(*words, **named)
+        os.kill(os.getpid(), signal.SIGHUP)
+        return process
+
+    monkeypatch.setitem(names, "start_noted", start_and_hang_up)
+    _, made = run(tmp_path, "import time; time.sleep(120)", processes=2)
     assert [now.status for now in point_statuses([made], {})] == [Status.STOPPED]
 
 

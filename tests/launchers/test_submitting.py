@@ -1,9 +1,12 @@
 """From points to jobs: what is noted when, and what a refusal leaves. SLURM is scripts of tests."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -232,11 +235,14 @@ folder = Path(sys.argv[1])
 point = Point(kind="train", name="a", overrides=(), identity="a", folder=folder)
 if sys.argv[2] == "dies":
     starting.note_job = lambda *_: os._exit(9)
-command = ["sh", "-c", f"echo $$ > {folder}/ran; sleep 1"]
+command = ["sh", "-c", f"echo $$ > {folder}/ran; until [ -e {folder}/seen ]; do sleep 0.1; done"]
 process = starting.start_noted(
     point, command, environment=os.environ, output=None, messages=sys.stderr.buffer
 )
-assert is_alive(read_job(folder))
+try:
+    assert is_alive(read_job(folder))
+finally:
+    (folder / "seen").touch()
 assert process.wait() == 0
 assert read_job(folder)["pid"] == int((folder / "ran").read_text())
 """
@@ -244,7 +250,7 @@ assert read_job(folder)["pid"] == int((folder / "ran").read_text())
         (tmp_path / how).mkdir()
         words = [sys.executable, "-c", script, str(tmp_path / how), how]
         # Returns once the command has closed its output as well.
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == code, done.stderr
         assert (tmp_path / how / "ran").exists() == (how == "lives")
 
@@ -373,11 +379,23 @@ def test_processes_of_this_machine_take_its_settings(
     saves += (
         "threads, devices = os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']\n"
     )
-    saves += "print(threads, repr(devices), flush=True); time.sleep(60)"
+    saves += "print(threads, repr(devices), flush=True); time.sleep(600)"
     monkeypatch.setattr(made, "command", lambda _: [sys.executable, "-c", saves])
     (point,) = todo = points(tmp_path, 1)
     made.plan(todo)
-    made._limit_s = 2.0
+    assert made._limit_s == 60
+    log = made.sweep.log(point)
+
+    def end_the_minute() -> None:
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        made._limit_s = 0.0
+
+    # However long the process takes to begin, it is over then.
+    thread = threading.Thread(target=end_the_minute)
+    made._limit_s = math.inf
+    thread.start()
     made.follow(todo)
-    assert made.sweep.log(point).read_text() == "3 ''\n"
+    thread.join()
+    assert log.read_text() == "3 ''\n"
     assert json.loads((point.folder / "point.json").read_text())["job"]["pid"] > 0

@@ -19,6 +19,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """The environment in which SLURM's clients find it. No test may need accounting (sacct)."""
     environment = environment_of(tmp_path_factory.mktemp("cluster") / "slurm", accounting=False)
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    subprocess.run([SCRIPTS / "up.sh"], env=environment, check=True, timeout=120)
+    subprocess.run([SCRIPTS / "up.sh"], env=environment, check=True, timeout=300)
     yield environment
-    subprocess.run([SCRIPTS / "down.sh"], env=environment, check=True, timeout=120)
+    subprocess.run([SCRIPTS / "down.sh"], env=environment, check=True, timeout=300)

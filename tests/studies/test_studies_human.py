@@ -280,7 +280,7 @@ def ask_server(
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and content of the reply; a POST where content is given."""
     port = server.server_address[1]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     own = server.token if token is None else token
     body = raw if raw is not None else None if content is None else json.dumps(content).encode()
     kinds = {"Content-Type": "application/json"} if body is not None else {}
@@ -316,7 +316,7 @@ def test_answers_are_taken_in_order_and_the_last_one_ends_the_session(
         status, _, content = ask_server(server, "answer", answer_to(number))
         assert (status, json.loads(content)["answered"]) == (200, number + 1)
     assert json.loads(content)["over"]
-    assert server.over.wait(10)
+    assert server.over.wait(60)
     status, _, content = ask_server(server, "answer", answer_to(3))
     assert (status, json.loads(content)["answered"]) == (409, 4)
 
@@ -326,7 +326,7 @@ def test_a_session_can_be_ended_before(server: QuestionServer) -> None:
     assert not server.over.is_set()
     ask_server(server, "answer", answer_to(0))
     assert ask_server(server, "finish", {})[0] == 200
-    assert server.over.wait(10)
+    assert server.over.wait(60)
 
 
 def test_right_answers_are_told_where_that_is_set(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_connection_opened_in_advance_gives_no_answer_after_the_end(tmp_path: 
     session = session_of(tmp_path)
     with serving(session, TEXTS, 0, "port") as server:
         port = server.server_address[1]
-        early = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        early = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         early.connect()
         # Connections are accepted in order: once another one is answered, the first has a thread.
         assert ask_server(server, "state")[0] == 200
@@ -524,7 +524,7 @@ def measured(
         host, token, _ = address.split("/")
 
         def send(path: str, content: dict[str, Any]) -> dict[str, Any]:
-            connection = http.client.HTTPConnection(host, timeout=20)
+            connection = http.client.HTTPConnection(host, timeout=60)
             headers = {"Content-Type": "application/json"}
             connection.request("POST", f"/{token}/{path}", json.dumps(content), headers)
             found = json.loads(connection.getresponse().read())
@@ -644,7 +644,7 @@ def test_an_interrupted_session_goes_on(tmp_path: Path) -> None:
         # One answer is given before the interruption.
         address = line.partition("http://")[2].split()[0]
         host, token, _ = address.split("/")
-        connection = http.client.HTTPConnection(host, timeout=20)
+        connection = http.client.HTTPConnection(host, timeout=60)
         headers = {"Content-Type": "application/json"}
         state_path = f"/{token}/answer"
         connection.request("POST", state_path, json.dumps(answer_to(-1)), headers)

@@ -21,7 +21,7 @@ from relloc.studies.human.session import Session
 pytestmark = pytest.mark.browser
 
 T = TypeVar("T")
-PATIENCE_S = 20
+PATIENCE_S = 60
 # A name that would be markup, if anything read it as such.
 NAME = "<img src=x onerror=\"document.title='hacked'\">"
 
@@ -124,7 +124,7 @@ def test_a_person_answers_by_clicks_and_keys_reloads_and_finishes(
         page.until(lambda: "Thank you" in page.text("message"))
         page.keep("human_finished")
         assert not driver.find_element(By.ID, "question").is_displayed()
-        assert server.over.is_set()
+        assert server.over.wait(PATIENCE_S)  # set once the page has its answer
     assert [each.answer for each in session.answers] == [4, 0, 7, 6, 1]
     assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
@@ -151,13 +151,18 @@ def test_the_right_answer_is_told_only_where_that_is_asked_for(
     with serving(session, texts(feedback=True), 0, "port") as server:
         page = Page(driver, server)
         page.asked(0)
+        # The page says it for a second, and then goes on: here, when the test has seen it.
+        driver.execute_script("window.setTimeout = (next) => { window.goOn = next; }")
         page.click_place((label + 1) % 8)
         page.until(lambda: page.text("message").startswith("it was"))
         page.keep("human_feedback")
         classes = [button.get_attribute("class") for button in page.places]
         assert (classes[label], classes[(label + 1) % 8]) == ("right", "wrong")
+        driver.execute_script("window.goOn()")
         page.asked(1)
         page.click_place(questions[1].label)
+        page.until(lambda: page.text("message") == "right")
+        driver.execute_script("window.goOn()")
         page.until(lambda: "Thank you" in page.text("message"))
 
 

@@ -43,7 +43,7 @@ from relloc.tracking import (
 pytestmark = pytest.mark.browser
 
 T = TypeVar("T")
-PATIENCE_S = 60
+PATIENCE_S = 120
 GAPS, JITTERS = (0, 24, 48), (0, 7, 14)
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 LAYERS = tuple(f"feature{stage}" for stage in range(1, 6))

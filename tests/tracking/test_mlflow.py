@@ -476,7 +476,7 @@ def test_senders_of_one_run_folder_take_turns(uri: str, new_run: NewRun) -> None
         other.join(0.3)
         assert other.is_alive()
         assert read_note(run_dir) is None
-    other.join(20)
+    other.join(120)
     assert points(run_dir, uri) == JOURNAL_POINTS
 
 

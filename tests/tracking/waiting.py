@@ -8,7 +8,7 @@ from pathlib import Path
 import requests
 
 
-def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 120.0) -> None:
     """Return once something is true, and fail if that takes too long."""
     end = time.monotonic() + seconds
     while not true():
@@ -22,8 +22,8 @@ def wait_until_served(uri: str, process: subprocess.Popen[bytes], log: Path) -> 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
-            return requests.get(f"{uri}/health", timeout=5).ok
+            return requests.get(f"{uri}/health", timeout=60).ok
         except requests.RequestException:
             return False
 
-    wait_until(answers, 120)
+    wait_until(answers, 300)

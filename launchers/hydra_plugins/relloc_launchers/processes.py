@@ -43,6 +43,7 @@ class ProcessLauncher(PointsLauncher):
         self._running: dict[subprocess.Popen[bytes], tuple[Point, str | None]] = {}
         self._waiting = list(todo)
         self._stop: int | None = None
+        self._were_told: set[subprocess.Popen[bytes]] = set()
         devices = _devices()
         asked = self.settings["processes"]
         if asked != "auto" and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
@@ -137,6 +138,9 @@ class ProcessLauncher(PointsLauncher):
                 point, self.command(point), environment=environment, output=output, messages=file
             )
         self._running[process] = (point, device)
+        # A signal may have come after the start and before the line above.
+        if self._stop is not None and process not in self._were_told:
+            process.send_signal(self._stop)
 
     def _collect(self) -> None:
         """Notes which processes have ended, and frees their slots."""
@@ -167,6 +171,7 @@ class ProcessLauncher(PointsLauncher):
     def _pass_on(self, number: int, _frame: object) -> None:
         """Handles a signal: sends it to all running points."""
         self._stop = number
+        self._were_told = set(self._running)
         for process in self._running:
             process.send_signal(number)
 
