@@ -34,7 +34,7 @@ from relloc.reports.load import Measured, find_measured
 from relloc.reports.pretrainings import is_training, pretraining_of, training_record
 from relloc.reports.published import card_parts
 from relloc.reports.selection import select, split_words
-from relloc.results import LAYERS, REFERENCE_MODELS
+from relloc.results import LAYERS, NO_FILES
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep, find_sweep
 from relloc.tracking import RunRecord, read_journal
 from relloc.tracking.fetching import fetch_runs
@@ -236,7 +236,7 @@ def _row(each: Measured, record: RunRecord | None) -> dict[str, Any]:
 def _weights(each: Measured, record: RunRecord | None) -> dict[str, Any]:
     """Returns the columns that say whose number it is."""
     result = each.result
-    if result.checkpoint in REFERENCE_MODELS:
+    if result.checkpoint in NO_FILES:
         weights = result.checkpoint
         return {
             "weights": weights,

@@ -102,9 +102,12 @@ class Score(_Number):
         on_train: the number was measured on images of the training split, by cross-validation.
         dataset, split, view, batch_norm: of this number, as in a `Result`, where it was not
             measured on the evaluation's images, in its view, or under its batch norm; otherwise "".
+        of_person: a person gave the number, and the model that is evaluated had no part in it: the
+            result has the checkpoint `PERSON`, and no model.
     """
 
     on_train: bool = False
+    of_person: bool = False
     dataset: str = ""
     split: str = ""
     view: str = ""

@@ -79,12 +79,19 @@ class PretextModel:
 
     `network` takes patches (b 9 3 p p) and returns logits (b 8 8): of each pair of a neighbor and
     the center, and each label. It is in eval mode and on the device of the backbone, whose weights
-    it has copies of. `digest` identifies its weights and settings.
+    it has copies of. `digest` identifies its weights and settings. `changed` says that a curriculum
+    changed the patches in the course of the training: `patches` are those of its end.
     """
 
     network: nn.Module
     patches: PatchPipeline
     digest: str
+    changed: bool = False
+
+    @property
+    def as_asked(self) -> str:
+        """How questions are asked that are made with `patches`, in words."""
+        return "as at the end of training" if self.changed else "as in training"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from relloc.features.source import (
     free_gib,
 )
 from relloc.models.backbone import Backbone
-from relloc.results import Result, Score, folder_of_files
+from relloc.results import PERSON, Result, Score, folder_of_files
 from relloc.terminal import quantity
 
 # The features of evaluations that read none.
@@ -392,6 +392,7 @@ def _to_result(
     # A score and a result share their fields, except for what the runner knows.
     measured = vars(score).copy()
     del measured["on_train"]  # from here on, `split` says it
+    del measured["of_person"]  # and `checkpoint`
     of_part = {
         "dataset": images.name,
         "split": images.split,
@@ -401,7 +402,7 @@ def _to_result(
     for name, value in of_part.items():
         measured[name] = measured[name] or value
     # The details are about the backbone, under the part's batch norm.
-    if measured["batch_norm"] == part.batch_norm:
+    if measured["batch_norm"] == part.batch_norm and not score.of_person:
         measured["details"] = (*score.details, *details)
     measured["details"] = (*measured["details"], *decoding)
     return Result(
@@ -410,9 +411,9 @@ def _to_result(
         kind=part.evaluation.kind,
         seed=settings.seed,
         precision=_PRECISIONS[settings.encode_config.precision],
-        checkpoint=model.checkpoint,
-        model=model.model,
-        strides=model.strides,
+        checkpoint=PERSON if score.of_person else model.checkpoint,
+        model="" if score.of_person else model.model,
+        strides="" if score.of_person else model.strides,
         decoder=settings.encode_config.decoder,
         fingerprint=part.fingerprint,
     )

@@ -91,14 +91,18 @@ def pretext_model(checkpoint: Path, backbone: Backbone) -> PretextModel | None:
             f"{training} has other weights than {checkpoint}: give the checkpoint itself, "
             f"checkpoint={training}"
         )
-    return make_pretext_model(network, patches)
+    curriculum = config.get("curriculum")
+    has_curriculum = isinstance(curriculum, dict) and "_target_" in curriculum
+    return make_pretext_model(network, patches, has_curriculum=has_curriculum)
 
 
-def make_pretext_model(network: RelativeLocation, patches: PatchPipeline) -> PretextModel | None:
+def make_pretext_model(
+    network: RelativeLocation, patches: PatchPipeline, *, has_curriculum: bool
+) -> PretextModel | None:
     """Returns a network as studies take it, in eval mode, with its digest.
 
     Studies ask about pairs with the center of a 3x3 grid, whatever the network was trained on. None
-    where it can't answer these.
+    where it can't answer these. `patches` are those of the end of a training with a curriculum.
     """
     center = about_center(network)
     if center is None:
@@ -106,7 +110,12 @@ def make_pretext_model(network: RelativeLocation, patches: PatchPipeline) -> Pre
     center.eval()
     patches = patches.about_center
     weights = backbone_files.digest(network.state_dict())
-    return PretextModel(network=center, patches=patches, digest=f"{weights} {patches!r}")
+    return PretextModel(
+        network=center,
+        patches=patches,
+        digest=f"{weights} {patches!r}",
+        changed=has_curriculum,
+    )
 
 
 def _training_of(checkpoint: Path) -> Path | None:

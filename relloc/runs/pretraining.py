@@ -478,7 +478,8 @@ def _evaluate(
             network = settings.network()
             network.load_state_dict(training.task.model.state_dict())
             engine.place(network)
-            pretext = make_pretext_model(network, settings.patches)
+            has_curriculum = settings.training_patches.curriculum is not None
+            pretext = make_pretext_model(network, settings.patches, has_curriculum=has_curriculum)
             model = dataclasses.replace(model, pretext=pretext)
         for variant, looking in by_strides([model], measurable, settings.strides):
             engine.place(variant.backbone)

@@ -18,7 +18,7 @@ from relloc.evaluation.contract import EvaluatedModel
 from relloc.evaluation.run import EvalPart
 from relloc.files import path_as_text
 from relloc.pretext.stopping import Stopped, StopRequest
-from relloc.results import RESULTS_FILE, Result, append_results, read_results
+from relloc.results import PERSON, RESULTS_FILE, Result, append_results, read_results
 from relloc.runs import console
 from relloc.runs.folder import UNREADABLE_FILE, RunFolder
 from relloc.runs.refusing import STATES
@@ -82,30 +82,42 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
         delete_state(state_file(run.run_dir, part.fingerprint))
         if any(row.checkpoint == model.checkpoint for row in rows_here.get(key, [])):
             continue
-        # The same weights may have been measured under several paths. One set of rows is enough;
-        # it is copied under the path that this command gave.
-        first = found[key][0]
-        copies = []
-        for row in found[key]:
-            if row.checkpoint != first.checkpoint:
-                continue
-            dataset = row.dataset
-            # The folder may have had another name, or rows none, when they were measured.
-            # Images that an evaluation makes itself, such as noise, are of no split of it.
-            splits = part.named.splits
-            is_of_folder = row.split in (splits.train.split, splits.held_out.split)
-            if splits.is_unnamed and is_of_folder:
-                dataset = splits.train.name
-            copies.append(dataclasses.replace(row, checkpoint=model.checkpoint, dataset=dataset))
+        copies = _copies(found[key], part, model)
+        if not copies:
+            continue
         append_results(run.run_dir, copies)
         # One line an evaluation and batch norm, not one for each layer.
         if (name, part.batch_norm) not in reported:
             reported.add((name, part.batch_norm))
             console.print_message(
-                f"found   {name} ({part.batch_norm}) of the same weights in {first.measured_in}; "
+                f"found   {name} ({part.batch_norm}) of the same weights in "
+                f"{copies[0].measured_in}; "
                 "reuse=false measures it again"
             )
     return missing
+
+
+def _copies(rows: Sequence[Result], part: EvalPart, model: EvaluatedModel) -> list[Result]:
+    """Returns rows of a part as rows of the model, whose weights are the same.
+
+    What a person answered is of no weights, and is not among them.
+    """
+    of_weights = [row for row in rows if row.checkpoint != PERSON]
+    splits = part.named.splits
+    copies = []
+    for row in of_weights:
+        # The same weights may have been measured under several paths. One set of rows is enough;
+        # it is copied under the path that this command gave.
+        if row.checkpoint != of_weights[0].checkpoint:
+            continue
+        dataset = row.dataset
+        # The folder may have had another name, or rows none, when they were measured. Images that
+        # an evaluation makes itself, such as noise, are of no split of it.
+        is_of_folder = row.split in (splits.train.split, splits.held_out.split)
+        if splits.is_unnamed and is_of_folder:
+            dataset = splits.train.name
+        copies.append(dataclasses.replace(row, checkpoint=model.checkpoint, dataset=dataset))
+    return copies
 
 
 def _rows_by_key(run_dir: Path) -> dict[_Key, list[Result]]:

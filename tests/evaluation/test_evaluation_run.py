@@ -219,6 +219,31 @@ def test_a_network_with_a_batch_norm_of_its_own_is_asked_once_and_its_rows_say_s
     assert recalibrated.dataset == "colors"
 
 
+class AsksPerson(Peek):
+    """Has a number of a person and one of the network that was asked the same."""
+
+    independent_layers = False
+
+    def run(self, context: Context) -> Iterator[Score]:
+        self.look(context)
+        yield Score(metric="accuracy", value=1.0, n=1, of_person=True)
+        yield Score(metric="network_accuracy", value=1.0, n=1)
+
+
+def test_what_a_person_answered_is_no_number_of_the_network(
+    model: EvaluatedModel, splits: Splits
+) -> None:
+    evaluation = AsksPerson(look=lambda _context: None, layers=())
+    told = dataclasses.replace(model, strides="as_trained", details=("of the file",))
+    rows = rows_of(told, splits, settings(), {"human": evaluation})
+    who = {row.metric: (row.checkpoint, row.model, row.strides, row.details) for row in rows}
+    assert who == {
+        "accuracy": ("person", "", "", ()),
+        "network_accuracy": (told.checkpoint, told.model, "as_trained", ("of the file",)),
+    }
+    assert len({row.fingerprint for row in rows}) == 1
+
+
 def test_results_that_lack_answers_of_the_network_are_not_taken_for_those_that_have_them(
     model: EvaluatedModel, splits: Splits
 ) -> None:

@@ -97,5 +97,11 @@ def test_a_person_is_asked_once_for_several_checkpoints(tmp_path, environment):
     assert second.wait() == 0
     assert "http://" not in second.text
     rows = [row for row in read_results(tmp_path / "asked") if row.metric == "accuracy"]
-    assert [(row.checkpoint, row.model) for row in rows] == [("person", ""), ("random", "small")]
+    # Random weights have no head that answers: these are the person's answers once more.
+    assert [(row.checkpoint, row.model) for row in rows] == [("person", "")] * 2
     assert len({row.value for row in rows}) == 1
+    # A third time nothing is added.
+    third = started(tmp_path, environment, "asked", *words)
+    assert third.wait() == 0
+    again = [row for row in read_results(tmp_path / "asked") if row.metric == "accuracy"]
+    assert again == rows

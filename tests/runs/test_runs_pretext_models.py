@@ -48,6 +48,8 @@ def test_patches_are_made_as_at_the_end_of_the_training(
     settings, _ = composed(*words)
     assert found.patches == settings.patches
     assert repr(found.patches) in found.digest
+    has_curriculum = "curriculum=linear" in words
+    assert found.as_asked == ("as at the end of training" if has_curriculum else "as in training")
 
 
 @pytest.mark.parametrize("words", ["rotation=quarter_turns", "pretext_answers=regression"])

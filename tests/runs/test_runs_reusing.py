@@ -147,6 +147,20 @@ def test_what_differs_each_time_is_taken_from_the_same_run_folder_only(tmp_path:
     assert len(read_results(new)) == 1
 
 
+def test_answers_of_a_person_are_not_copied_as_those_of_weights(tmp_path: Path) -> None:
+    asked = Asked(**vars(KNN))
+    of_person = row(checkpoint="person", model="", layer="")
+    run = folder(tmp_path, "run", of_person)
+    # Weights without a head were asked nothing: all that there is has been measured.
+    assert is_known(run, None, evaluation=asked)
+    assert read_results(run) == [of_person]
+    of_network = row(checkpoint="/other/backbone.safetensors", metric="network_accuracy")
+    append_results(run, [of_network])
+    assert is_known(run, None, evaluation=asked)
+    found = [(each.metric, each.checkpoint) for each in read_results(run)]
+    assert found[2:] == [("network_accuracy", MODEL.checkpoint)]
+
+
 def test_what_is_not_the_same_is_measured(tmp_path: Path) -> None:
     folder(tmp_path, "old", row())
     new = folder(tmp_path, "new")

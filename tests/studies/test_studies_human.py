@@ -40,7 +40,7 @@ from relloc.studies.human.comparison import compare, kappa, replies_of
 from relloc.studies.human.questions import Question, make_questions, network_answers
 from relloc.studies.human.server import PageTexts, QuestionServer, serving
 from relloc.studies.human.session import GivenAnswer, Session, WrongAnswer
-from relloc.studies.human.study import _OF_PERSON, PUBLISHED_GRID, Human
+from relloc.studies.human.study import PUBLISHED_GRID, Human
 
 CONFIG = EncodeConfig(
     batch=16, workers=0, device=torch.device("cpu"), precision="fp32", unreadable_share=0.5
@@ -578,10 +578,13 @@ def test_a_person_beside_chance_and_a_network(tmp_path: Path) -> None:
     assert headline.low is not None
     assert headline.variant == "person anna"
     assert "12 pairs" in headline.details
-    # Rows name a checkpoint; those of the person say that it had no part in them.
-    by_person = {name for name, score in by_metric.items() if _OF_PERSON in score.details}
+    # The network had no part in what the person answered, but says which pairs these are of.
+    by_person = {name for name, score in by_metric.items() if score.of_person}
     by_position = {f"accuracy_{POSITIONS[label]}" for label in labels}
     assert by_person == {"accuracy", "median_seconds", *by_position}
+    asked = f"the network of {made_context.checkpoint} was asked about the same pairs"
+    assert by_person == {name for name, score in by_metric.items() if asked in score.details}
+    assert "in the colors of its training" in by_metric["network_accuracy"].details[-1]
     assert by_metric["network_accuracy"].value == pytest.approx(100 * labels.count(0) / 12)
     assert by_metric["agreement"].value == pytest.approx(100 * answers.count(0) / 12)
     assert by_metric["median_seconds"].value == 1.5
@@ -604,7 +607,8 @@ def test_answers_are_asked_for_once_for_all_checkpoints(tmp_path: Path) -> None:
     evaluations = tmp_path / "run" / "evaluations"
     first = asked_context(images, None, evaluations / "human_1", checkpoint="person")
     alone, printed = measured(STUDY, first, lambda question: question.label)
-    assert not any(_OF_PERSON in score.details for score in alone)
+    assert all(score.of_person for score in alone)
+    assert not any("network" in detail for score in alone for detail in score.details)
     assert "network_accuracy" not in {score.metric for score in alone}
     assert "network_answer" not in table(evaluations / "human_1" / "answers.csv")[0]
     second = asked_context(images, pretext(Certain()), evaluations / "human_2")

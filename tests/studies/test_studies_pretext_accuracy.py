@@ -219,6 +219,17 @@ def test_the_likelihood_is_that_of_scikit_learn(tmp_path: Path) -> None:
     assert found["mean_confidence"] == pytest.approx(100 * probabilities.max(axis=1).mean())
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_rows_say_whether_questions_are_those_of_the_end_of_a_curriculum(
+    tmp_path: Path, changed: bool
+) -> None:
+    model = dataclasses.replace(pretext(Linear()), changed=changed)
+    first = next(STUDY.run(asked_context(image_files(tmp_path, 3), model, tmp_path / "out")))
+    asked_as = [detail for detail in first.details if detail.startswith("jitter and colors (Keep)")]
+    when = "as at the end of training" if changed else "as in training"
+    assert asked_as == [f"jitter and colors (Keep) {when}, drawn image by image"]
+
+
 def test_the_paper_s_way_is_a_matter_of_settings(tmp_path: Path) -> None:
     train, held_out = image_files(tmp_path, 20, split="train"), image_files(tmp_path, 3)
     study = dataclasses.replace(STUDY, split="train", n_images=5, places=4)

@@ -14,7 +14,7 @@ from relloc.geometry import CHANCE_PERCENT, PatchGrid, ShortSide
 from relloc.patches.pipeline import Color
 from relloc.pretext.confusion_picture import draw_confusion
 from relloc.pretext.questions import POSITIONS
-from relloc.results import PERSON, Score
+from relloc.results import Score
 from relloc.studies.accuracies import Share
 from relloc.studies.asking import check_grid, grid_to_ask
 from relloc.studies.csv_tables import write_table
@@ -27,8 +27,6 @@ from relloc.terminal import quantity
 SETTING = "study.human"
 # The grid of mmselfsup 0.x (docs/protocols.md 1.1), where no network says which it learned on
 PUBLISHED_GRID = PatchGrid(patch_px=64, gap_px=21, jitter_px=(0, 21), resize=ShortSide(px=292))
-# Said of a person's rows that name a network, which was asked about the same pairs.
-_OF_PERSON = "answers of a person: the checkpoint that this row names had no part in them"
 _LONGEST_NAME = 60
 _LAST_PORT = 65535
 _BATCH = 64  # questions that pass a network at once
@@ -40,6 +38,7 @@ class Human(Evaluation):
 
     The answers belong to the person, the questions and the run folder, and not to a network: they
     are asked for once, whatever checkpoints are named, and rows of other runs are never taken over.
+    Rows of the person have the checkpoint `PERSON`, also where a network was asked the same.
     Networks with the pretext head are asked about the same pixels, in the colors that they were
     trained on.
 
@@ -200,16 +199,20 @@ class Human(Evaluation):
         overall = _share_of_all(person)
         context.print_line(f"human   {self.person}: {overall.in_words}")
         told = "told" if self.feedback else "not told"
-        whose = () if context.checkpoint == PERSON else (_OF_PERSON,)
+        # Whose grid it was says which pairs were asked about.
+        asked = ()
+        if context.pretext is not None:
+            asked = (f"the network of {context.checkpoint} was asked about the same pairs",)
         details = (
             quantity(overall.pairs, "pair", commas=True),
             f"person {self.person}; colors {type(self.color).__name__}; right answers {told}",
-            *whose,
+            *asked,
             f"95 % t interval, clustered by source image; chance is {CHANCE_PERCENT} %",
         )
         score = overall.score("accuracy")
         yield dataclasses.replace(
             score,
+            of_person=True,
             table="Pretext accuracy of people",
             column="accuracy",
             variant=f"person {self.person}",
@@ -218,7 +221,8 @@ class Human(Evaluation):
             details=details,
         )
         for position, share in person.by_position().items():
-            yield share.score(f"accuracy_{position}", whose)
+            of_position = share.score(f"accuracy_{position}", asked)
+            yield dataclasses.replace(of_position, of_person=True)
         seconds = float(np.median([each.seconds for each in given]))
         yield Score(
             metric="median_seconds",
@@ -226,14 +230,18 @@ class Human(Evaluation):
             unit="s",
             higher_is_better=None,
             n=person.n_images,
-            details=(f"of {quantity(len(given), 'answer')}", *whose),
+            details=(f"of {quantity(len(given), 'answer')}", *asked),
+            of_person=True,
         )
 
 
 def _of_network(person: Replies, network: Replies, context: Context) -> Iterator[Score]:
     overall = _share_of_all(network)
     context.print_line(f"human   network: {overall.in_words}")
-    yield overall.score("network_accuracy", ("the same pairs, in the colors of its training",))
+    # A network is asked as at the end of its curriculum, if it had one.
+    changed = context.pretext is not None and context.pretext.changed
+    when = "the end of its training" if changed else "its training"
+    yield overall.score("network_accuracy", (f"the same pairs, in the colors of {when}",))
     for score in compare(person, network):
         if score.metric == "agreement":
             context.print_line(f"human   both answer the same in {score.value:.1f} %")

@@ -48,9 +48,10 @@ _Mask = Bool[np.ndarray, "grids 8"]
 class Pretext(Evaluation):
     """Accuracy of the pretext task on any images: overall, by position, class and object boxes.
 
-    The network is asked as it was trained, with its own batch-norm statistics, color treatment and
-    normalization. It needs a checkpoint with the pretext head. Names of metrics begin with
-    `accuracy`, as `pretext/top1` is the number that training itself ends with.
+    The network is asked as it was trained, or as at the end of a curriculum, with its own
+    batch-norm statistics, color treatment and normalization. It needs a checkpoint with the pretext
+    head. Names of metrics begin with `accuracy`, as `pretext/top1` is the number that training
+    itself ends with.
 
     Attributes:
         split: "held_out" or "train".
@@ -135,7 +136,10 @@ class Pretext(Evaluation):
     def _scores(self, findings: "_Findings", context: Context) -> Iterator[Score]:
         overall = findings.share(_ALL, findings.all_pairs)
         context.print_line(f"pretext {overall.in_words}")
-        colors = type(context.pretext.patches.color).__name__ if context.pretext else ""
+        asked = ""
+        if context.pretext is not None:
+            colors = type(context.pretext.patches.color).__name__
+            asked = f"jitter and colors ({colors}) {context.pretext.as_asked}"
         headline = dataclasses.replace(
             overall.score("accuracy", table=_OVERALL, column=self.view),
             headline=True,
@@ -146,7 +150,7 @@ class Pretext(Evaluation):
             details=(
                 *headline.details,
                 "eight pairs a grid",
-                f"jitter and colors ({colors}) as in training, drawn image by image",
+                f"{asked}, drawn image by image",
                 f"95 % t interval, clustered by source image; chance is {CHANCE_PERCENT} %",
             ),
         )
