@@ -127,6 +127,8 @@ def _typed(words: list[str]) -> list[str]:
         key, _, value = word.partition("=")
         if word == "-m" or (key in ("hydra/sweeper", "launcher") and value in ("optuna", "site")):
             continue
+        if value == "glob(*)":
+            value = settings.members(key)[0]
         if sweeps and not value.startswith(("[", "'")):
             value = value.partition(",")[0]
         typed.append(f"{key}={value}")
