@@ -245,9 +245,10 @@ def test_losses_on_a_device_are_those_in_double_precision(kind: str, device: str
     assert expected["class"] > 0
     assert expected["box"] > 0
     for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name
-        )
+        # Of 100,000 ReLUs one may have an input so close to zero that it opens in one precision
+        # alone, which has been seen to change gradients by 1.6 %. Losses have no such steps.
+        most = 1e-4 if name in ("class", "box") else 0.05
+        assert (found[name] - value).norm() < most * value.norm(), name
 
 
 def detect(network: FastRcnn, proposals: Sequence[Sequence[float]], size: tuple[int, int]):
