@@ -236,7 +236,8 @@ def raise_if_stopped(stop: StopRequest) -> None:
     call this together.
     """
     (signal,) = ranks.largest(stop.signal or 0)
-    stop.signal = signal or None
+    # One that came during the call above must not be forgotten.
+    stop.signal = stop.signal or signal or None
     stop.listen(awaited=False)
     if stop:
         raise Stopped(stop.exit_code)

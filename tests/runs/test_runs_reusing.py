@@ -258,6 +258,24 @@ def test_a_stop_while_the_state_is_written_leaves_it_whole(
     assert (kept(tmp_path).load() or {})["epoch"] == 1
 
 
+def test_a_signal_while_ranks_agree_on_whether_to_stop_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def largest(*numbers: int) -> list[int]:
+        calls.append(numbers)
+        # The second call is the one after the state was written.
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return list(numbers)
+
+    monkeypatch.setattr("relloc.runs.reusing.ranks.largest", largest)
+    with stop_request() as stop, pytest.raises(Stopped) as stopped:
+        kept(tmp_path, stop=stop).save({"epoch": 1})
+    assert stopped.value.code == 143
+
+
 def test_a_damaged_state_is_told_and_not_gone_on_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
