@@ -354,8 +354,8 @@ def test_it_learns_to_find_rectangles(tmp_path: Path) -> None:
     images = ProposedRectangles(n=5)
     splits = Splits(train=images, held_out=dataclasses.replace(images, split="test"))
     scores = {score.metric: score.value for score in one.run(given(tmp_path, splits=splits))}
-    assert scores["map"] > 80
-    assert scores["map_area"] > 80
+    assert scores["map"] > 60
+    assert scores["map_area"] > 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
