@@ -115,12 +115,17 @@ def test_nearly_equal_patches_are_in_the_order_of_float64() -> None:
     )
     unit = vectors.double()
     unit /= unit.norm(dim=1, keepdim=True)
-    rows, similarities = plainly(unit[:60], unit, groups, 20, own, True)
-    assert found.rows.tolist() == rows
+    _, similarities = plainly(unit[:60], unit, groups, 20, own, True)
     np.testing.assert_allclose(found.similarities.numpy(), similarities, rtol=0, atol=2**-39)
+    # A few are nearer to each other than 2^-40, and then the earlier row comes first. Which ones
+    # are depends on rounding, so that similarities are compared rank by rank, not rows.
+    matrix = unit[:60] @ unit.T
+    assert all(len(set(of_query)) == 20 for of_query in found.rows.tolist())
+    in_order = matrix.gather(1, found.rows)
+    np.testing.assert_allclose(in_order.numpy(), similarities, rtol=0, atol=2**-39)
     # Such neighbors are too near each other for products in float32.
-    in_float32 = (queries @ vectors.float().T).topk(21).indices
-    assert in_float32[:, 1:].tolist() != rows
+    in_float32 = (queries @ vectors.float().T).topk(21).indices[:, 1:]
+    assert np.abs(matrix.gather(1, in_float32).numpy() - similarities).max() > 2**-33
 
 
 @pytest.mark.gpu

@@ -181,11 +181,18 @@ def test_it_learns_which_colors_are_there(trained: str) -> None:
     torch.manual_seed(0)
     backbone = SmallBackbone(widths=(8, 8, 8, 10, 8)).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    rows = list(evaluation(trained=trained).run(given(backbone=backbone)))
-    scores = {score.metric: score for score in rows}
+    losses: list[float] = []
+    given_context = given(
+        backbone=backbone,
+        log=lambda numbers, step: losses.extend([numbers["loss"]] if "loss" in numbers else []),
+    )
+    one = evaluation(trained=trained, iterations=160, milestones=[120], learning_rate=0.05)
+    scores = {score.metric: score for score in one.run(given_context)}
     assert set(scores) == {"map", "map_area", "map_1crop"}
     headline = scores["map"]
-    assert headline.value > 85
+    # Of nine images an untrained layer may order many by luck; that losses fall is no luck.
+    assert headline.value > 75
+    assert losses[-1] < 0.9 * losses[0]
     assert (headline.headline, headline.column, headline.variant) == (True, trained, "")
     assert headline.n == 9
     assert any("linear layer" in deviation for deviation in headline.deviations)

@@ -110,7 +110,7 @@ def test_squares_are_found_after_a_few_iterations(
     given_context = given(folder=folder, log=log)
     before = {name: value.clone() for name, value in given_context.backbone.state_dict().items()}
     scores = by_metric(list(one.run(given_context)))
-    assert scores["miou"].value > 80
+    assert scores["miou"].value > 70
     # The headline is the mean over the classes that are somewhere.
     iou_names = {"iou_background", "iou_square"}
     assert set(scores) == {"miou", "miou_unrounded", "pixel_accuracy", *iou_names}
