@@ -4,7 +4,9 @@ The order is a function of the seed and the step, so that training can resume at
 """
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -148,3 +150,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             ghosts = step_images.reshape(plan.world, -1, plan.images_per_batch_norm)
             for ghost in ghosts[self.rank]:
                 yield [(index, epoch) for index in ghost.tolist()]
+
+
+def joined(batches: Iterable[list[Any]], at_once: int) -> Iterator[list[Any]]:
+    """Yields every `at_once` batches of keys as one, in their order."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, at_once)):
+        yield list(itertools.chain.from_iterable(group))

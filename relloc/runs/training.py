@@ -18,7 +18,7 @@ from relloc.data.crops import Crops
 from relloc.data.device_decoding import load_to_device
 from relloc.data.image_set import Splits
 from relloc.data.loader import Unreadable
-from relloc.data.order import StepPlan, StepSampler
+from relloc.data.order import StepPlan, StepSampler, joined
 from relloc.data.readers import NoImagesCame
 from relloc.data.slots import load_in_slots
 from relloc.errors import Interrupted, UsageError
@@ -38,6 +38,8 @@ from relloc.runs.watching import Monitoring, reporting
 from relloc.seeds import Use
 from relloc.status import Status
 from relloc.terminal import quantity
+
+_DECODED_AT_ONCE = 512  # images, of which each batch takes 200 MB of a GPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,10 +185,15 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
     sampler = StepSampler(
         plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()
     )
+    images_per_batch = plan.images_per_batch_norm
+    batches_per_forward = plan.ghosts_per_forward
     if training.settings.decode == "device":
+        at_once = _ghosts_decoded_at_once(plan)
+        images_per_batch *= at_once
+        batches_per_forward //= at_once
         loaded = load_to_device(
             crops,
-            sampler,
+            joined(sampler, at_once),
             workers=training.engine.workers,
             device=device,
             print_message=console.print_message,
@@ -209,10 +216,20 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
     return Feed(
         loaded,
         unreadable,
-        images_per_batch=plan.images_per_batch_norm,
-        batches_per_forward=plan.ghosts_per_forward,
+        images_per_batch=images_per_batch,
+        batches_per_forward=batches_per_forward,
         device=device,
     )
+
+
+def _ghosts_decoded_at_once(plan: StepPlan) -> int:
+    """Returns how many ghost batches of a forward the device decodes together.
+
+    Each batch takes the process that feeds the device some milliseconds, however small it is.
+    """
+    n_ghosts = plan.ghosts_per_forward
+    most = max(1, _DECODED_AT_ONCE // plan.images_per_batch_norm)
+    return max(n for n in range(1, n_ghosts + 1) if n_ghosts % n == 0 and n <= most)
 
 
 def _monitoring(training: Training, folder: RunFolder) -> Monitoring:

@@ -103,15 +103,24 @@ def test_stopped_after_each_step_it_ends_as_if_never_stopped(
     assert done.step == whole.task.steps
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "at_once", "n_ghosts"), [(0, 512, 4), (2, 8, 2), (2, 3, 1)])
 def test_decoded_on_a_cpu_as_device_it_ends_with_the_same_weights(
-    settings: Pretraining, data: Splits, tmp_path: Path, stop: StopRequest, workers: int
+    data: Splits,
+    tmp_path: Path,
+    stop: StopRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    at_once: int,
+    n_ghosts: int,
 ) -> None:
+    settings = composed("recipe.images_per_batch_norm=4", "images_per_forward=16")
     usual = prepared(settings, data, tmp_path, stop)
     train_to_the_end(usual, usual.task.start(), None)
+    monkeypatch.setattr(training, "_DECODED_AT_ONCE", at_once)
     engine = dataclasses.replace(settings.engine, workers=workers)
     given = dataclasses.replace(settings, decode="device", engine=engine)
     run = prepared(given, data, tmp_path, stop)
+    assert training._ghosts_decoded_at_once(run.plan) == n_ghosts
     train_to_the_end(run, run.task.start(), None)
     expected = usual.task.model.state_dict()
     found = run.task.model.state_dict()
