@@ -8,6 +8,7 @@ back as its answer, and every wait checks about once a second whether the run wa
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import math
 import os
@@ -266,9 +267,14 @@ def _start_process(make: Callable[[Any], Answer], earlier: Sequence[Connection])
     # Signals are blocked until the worker ignores them. One that arrives before would run the
     # handlers that the worker inherited from the parent, and end it.
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
+    # Nothing is collected either, until the worker has set aside what it inherits.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         process.start()
     finally:
+        if collects:
+            gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         theirs.close()
     # When Python exits it sends daemons SIGTERM, which the worker ignores, and waits for them.
@@ -281,6 +287,10 @@ def _answer_tasks(
     make: Callable[[Any], Answer], channel: Connection, inherited: Sequence[Connection], parent: int
 ) -> None:
     """Answers tasks in a worker process until the parent kills it."""
+    # Among the objects that a forked process inherits may be tensors of a GPU that only cycles of
+    # references still hold. To collect them here would end the process, which can't use that GPU.
+    gc.freeze()
+    gc.enable()
     # Terminals (SIGINT, SIGHUP) and clusters (the others) signal every process of a run. Workers
     # ignore that: the parent still needs images to finish its step, and kills them afterwards.
     for number in _OF_THE_RUN:

@@ -1,6 +1,7 @@
 """Reading processes: order, errors, and that no wait is without end."""
 
 import faulthandler
+import gc
 import itertools
 import os
 import resource
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from relloc import machine
 from relloc.data import readers
 from relloc.data.mapped_files import MappedFiles
 from relloc.data.readers import Answer, NoImagesCame, ReadingProcesses, look_ahead
@@ -27,6 +29,26 @@ def doubled(task: int) -> Answer:
 def slower_where_even(task: int) -> Answer:
     time.sleep(0.02 * (task % 2 == 0))
     return Answer(content=(task, os.getpid()))
+
+
+class Cycle:
+    """It refers to itself, and leaves a file when it is collected."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.myself = self
+
+    def __del__(self) -> None:
+        self.path.touch()
+
+
+CYCLES: list[Cycle] = []
+
+
+def collecting(task: int) -> Answer:
+    CYCLES.clear()
+    gc.collect()
+    return Answer(content=task)
 
 
 class OddError(Exception):
@@ -246,3 +268,18 @@ def test_reading_processes_end_with_the_one_that_started_them(tmp_path: Path, en
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.skipif(not machine.forks(), reason="only a forked process inherits objects")
+def test_a_worker_collects_nothing_that_it_inherited(tmp_path: Path) -> None:
+    """A tensor of a GPU would end it."""
+    CYCLES.append(Cycle(tmp_path / "collected"))
+    try:
+        with ReadingProcesses(collecting, [7], workers=1) as answers:
+            assert [answer.content for answer in answers] == [7]
+        assert not (tmp_path / "collected").exists()
+        assert gc.isenabled()
+    finally:
+        CYCLES.clear()
+    gc.collect()
+    assert (tmp_path / "collected").exists()
