@@ -39,7 +39,7 @@ from relloc.seeds import Use
 from relloc.status import Status
 from relloc.terminal import quantity
 
-_DECODED_AT_ONCE = 512  # images, of which each batch takes 200 MB of a GPU
+_DECODED_AT_ONCE = 512  # images at most, since up to four batches are in a GPU's memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
