@@ -229,9 +229,10 @@ def _origin(measured_in: str, own: Run) -> Run:
     if not measured_in:
         return own
     folder = Path(measured_in)
-    if (folder / RUN_FILE).exists():
-        folder = folder.resolve()
-        return _run(folder, RunRecord.read(folder))
+    # Runs that were moved or copied together, such as from a cluster, still lie side by side.
+    for place in (folder, own.folder.parent / folder.name):
+        if (place / RUN_FILE).exists():
+            return _run(place.resolve(), RunRecord.read(place))
     # The folder was removed since the row was copied from it
     return dataclasses.replace(own, folder=folder, name=folder.name, commit=UNKNOWN_COMMIT)
 

@@ -106,6 +106,18 @@ def test_a_copied_row_replaces_no_copy_of_itself_but_other_measurements(
     )
 
 
+def test_a_measuring_run_is_found_where_both_were_moved(new_run, result, tmp_path: Path) -> None:
+    row = result("knn", "avgpool", "top1_k20", 1.0)
+    first = new_run("first", row)
+    new_run("second", dataclasses.replace(row, measured_in="/on/the/cluster/runs/first"))
+    (copied,) = find_measured([tmp_path / "runs" / "second"])
+    assert (copied.run.name, copied.run.folder, copied.run.commit[:8]) == (
+        "first",
+        first,
+        "6a6cf28a",
+    )
+
+
 def test_of_a_measuring_run_that_is_gone_the_folder_is_told(
     new_run, result, tmp_path: Path
 ) -> None:
