@@ -470,8 +470,11 @@ def told(choice):
     )
 
 
-# Measures of shortcuts have units of their own, and are told apart
-accuracies = [name for name in measures if name not in of_shortcuts] or list(measures)
+# Measures of shortcuts have units of their own, and are told apart. So is pretext accuracy: it says
+# how hard gap and jitter make the question, not how good the features are.
+of_pretext = [name for name, means in measures.items() if means.attrs["eval"] == "pretext"]
+told_apart = {*of_shortcuts, *of_pretext}
+accuracies = [name for name in measures if name not in told_apart] or list(measures)
 pairs = agreement.loc[accuracies, accuracies].to_numpy()
 pairs = pairs[np.triu_indices(len(pairs), 1)]
 # A single measure agrees with no other
@@ -494,6 +497,9 @@ p_of_both = effects.loc[accuracies, "p of interaction"].dropna()
 if len(p_of_both):
     n_depend = int((p_of_both < SIGNIFICANT).sum())
     answer += f" In {n_depend} of {len(p_of_both)} the effect of one depends on the other."
+if of_pretext and accuracies != of_pretext:
+    rho = np.nanmedian(agreement.loc[of_pretext, accuracies].to_numpy())
+    answer += f" Pretext accuracy agrees with them with a median rank correlation of {rho:.2f}."
 below_random = effects["highest"] < effects["random"]
 if below_random[accuracies].any():
     answer += (
