@@ -28,8 +28,8 @@ import pandas as pd
 from scipy.stats import t as student
 
 from relloc import neutral
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.errors import DataError, UsageError
-from relloc.reports.lines import RUN_WEIGHTS
 from relloc.reports.load import Measured, find_measured
 from relloc.reports.pretrainings import is_training, pretraining_of, training_record
 from relloc.reports.published import card_parts
@@ -329,7 +329,7 @@ def load_curves(words: Sequence[str] | None = None) -> Frame:
         of_settings = [one for one in filters if one.is_of_settings]
         if not is_training(record) or not all(_fits(one, record) for one in of_settings):
             continue
-        pretraining = pretraining_of(record, str(folder / RUN_WEIGHTS))
+        pretraining = pretraining_of(record, str(folder / BACKBONE_FILE))
         settings = neutral.settings_of_weights(record.params)
         seed = settings.pop("seed", 0)
         a_step = record.params.get("recipe.images_per_step")

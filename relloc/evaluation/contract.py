@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from relloc import checks
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.data.image_set import ImageSet, Splits
 from relloc.data.lists import MultiLabeled
 from relloc.data.processes import NamedProgress, without_named_progress
@@ -123,6 +124,12 @@ class Context:
     asks_pretext: bool = True
     # "random" and "torchvision" for weights to compare with, "person" for none, otherwise a path
     checkpoint: str = ""
+
+    @property
+    def weights(self) -> str:
+        """A name of the weights for titles of pictures: of a run's weights that of its folder."""
+        file = Path(self.checkpoint)
+        return file.parent.name if file.name == BACKBONE_FILE else file.name
 
     @property
     def device(self) -> torch.device:

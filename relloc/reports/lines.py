@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.reports.load import Line, Measured
 from relloc.reports.published import CARD_GROUP, PUBLISHED_MODEL, is_on_card
 from relloc.results import NO_FILES
 from relloc.terminal import quantity
 
-# The same name as in relloc.checkpoints.backbone_files, whose import takes seconds
-RUN_WEIGHTS = "backbone.safetensors"
 _DIGITS = 8  # of a digest, as git shows ten of a commit: enough to find it in run.json
 
 
@@ -181,7 +180,7 @@ def short_names(checkpoints: Iterable[str]) -> dict[str, str]:
     """
     parts_of = {}
     for path in checkpoints:
-        parts = [part for part in Path(path).parts if part != RUN_WEIGHTS]
+        parts = [part for part in Path(path).parts if part != BACKBONE_FILE]
         parts_of[path] = parts or [path]
     names = {}
     for path, parts in parts_of.items():

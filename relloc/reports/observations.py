@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from relloc.reports.lines import RUN_WEIGHTS
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.reports.load import Measured
 from relloc.reports.pretrainings import is_training, pretraining_of
 from relloc.results import REFERENCE_MODELS, Result
@@ -164,7 +164,7 @@ def _weights_and_point(row: Result, folder: Path, record: RunRecord | None) -> t
         return weights, weights
     # A folder may have been moved since the row was written
     if is_training(record):
-        weights = str(folder / RUN_WEIGHTS)
+        weights = str(folder / BACKBONE_FILE)
     pretraining = pretraining_of(record, row.checkpoint)
     if not pretraining.settings:
         return weights, weights

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from relloc import neutral
-from relloc.reports.lines import RUN_WEIGHTS
+from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.tracking.record import RUN_FILE, RunRecord
 
 _HASH_DIGITS = 8
@@ -42,7 +42,7 @@ def pretraining_of(record: RunRecord, checkpoint: str) -> Pretraining:
     file = Path(checkpoint)
     if training is None:
         # The file of another project, or of a run that is gone
-        return Pretraining(name=file.parent.name if file.name == RUN_WEIGHTS else file.stem)
+        return Pretraining(name=file.parent.name if file.name == BACKBONE_FILE else file.stem)
     pretraining = _without_seed(training)
     if is_training(record) or (file.parent / RUN_FILE).exists():
         return pretraining

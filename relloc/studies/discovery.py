@@ -311,7 +311,7 @@ class Discovery(Evaluation):
     ) -> None:
         """Writes tables and pictures."""
         folder = context.folder
-        title = f"{images.name} {images.split}, {self.layer}: {context.checkpoint}"
+        title = f"{images.name} {images.split}, {self.layer}: {context.weights}"
         selected_classes = main_classes(sets, searched)
         write_clusters(clusters, selected, selected_classes, images, folder)
         # Where few constellations have a set, the next best ones are still worth a look.

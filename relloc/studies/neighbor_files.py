@@ -78,7 +78,7 @@ def save_neighbor_sheets(
     folder: Path,
     *,
     n_queries: int,
-    checkpoint: str,
+    weights: str,
     config: EncodeConfig,
 ) -> list[Path]:
     """Draws the first `n_queries` queries, each with its neighbors beside it; returns the files."""
@@ -107,7 +107,7 @@ def save_neighbor_sheets(
         tiles.append(row_tiles)
     title = (
         f"Nearest patches of {images.name} {images.split} by normalized correlation at "
-        f"{neighbors.layer}: {checkpoint}"
+        f"{neighbors.layer}: {weights}"
     )
     return save_contact_sheets(
         tiles, folder, f"neighbors_{neighbors.layer}", title=title, tile_px=_TILE_PX

@@ -159,7 +159,7 @@ class Neighbors(Evaluation):
                 neighbors,
                 context.folder,
                 n_queries=self.drawn,
-                checkpoint=context.checkpoint,
+                weights=context.weights,
                 config=context.encode_config,
             )
             for path in sheets:

@@ -726,3 +726,16 @@ def test_results_are_recognized_whatever_the_folder_of_unnamed_images_is_called(
     earlier = of("folder", is_unnamed=False)
     assert of("birds", is_unnamed=True) == of("cars", is_unnamed=True) == earlier
     assert of("birds", is_unnamed=False) != earlier
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("/runs/first/backbone.safetensors", "first"),
+        ("/downloads/r50.pth", "r50.pth"),
+        ("random", "random"),
+        ("", ""),
+    ],
+)
+def test_titles_of_pictures_name_the_weights(checkpoint: str, name: str) -> None:
+    assert context(checkpoint=checkpoint).weights == name

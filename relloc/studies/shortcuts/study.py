@@ -174,7 +174,7 @@ class Shortcuts(Evaluation):
         scores = make_scores(findings, verdicts)
         for verdict in verdicts:
             context.print_line(f"        {verdict.sentence}")
-        title = context.checkpoint or "these weights"
+        title = context.weights or "these weights"
         picture = context.folder / "shortcuts.png"
         draw_findings(findings, verdicts, self.strengths, picture, title=title)
         write_tables(scores, verdicts, context.folder)
