@@ -543,6 +543,21 @@ def statistics(values: np.ndarray, low: Any = None, high: Any = None) -> dict[st
     return {"mean": mean, "std": std, "low": mean - half, "high": mean + half, "n": n} | ends
 
 
+def half_widths(means: Frame, of: int) -> Frame:
+    """Returns half the widths of intervals that hold together in 95 %, by Bonferroni's rule.
+
+    Args:
+        means: rows as `over_seeds` returns them, each with its own 95 % interval.
+        of: how many intervals are to hold together.
+    """
+    half = (means["high"] - means["low"]) / 2
+    # Tails over few seeds are long. An interval of a single row is over many source images
+    degrees = np.where(means["n"] > 1, means["n"] - 1, np.inf)
+    alone = (1 + _CONFIDENCE) / 2
+    together = 1 - (1 - alone) / of
+    return half * student.ppf(together, degrees) / student.ppf(alone, degrees)
+
+
 def _refuse_mixed(frame: Frame, keys: Sequence[str]) -> None:
     """Raises `MixedRows` if rows of a group differ in more than their seeds."""
     not_keys = [field for field in (*PANEL, *LINE) if field not in keys and field in frame]

@@ -141,6 +141,10 @@ if not phrases:
     answer = "Images without classes tell nothing here: look at the contact sheets of the studies."
 else:
     answer = f"**{'; '.join(phrases)}.**"
-for weights, rows in plain.loc[plain["metric"].eq("verified_images")].groupby("weights"):
-    answer += f" {rows['value'].mean():.1f} % of images were verified with {weights} weights."
+# Line by line, as pretrainings that differ in more than the seed are no repeats
+verified = plain.loc[plain["metric"].eq("verified_images")]
+if len(verified):
+    means = over_seeds(verified, list(LINE))["mean"]
+    shares = [f"{names[key]} {share:.1f} %" for key, share in means.items()]
+    answer += f" Images that were verified: {', '.join(shares)}."
 print(answer)

@@ -30,8 +30,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from draw import legend_below, named_lines
-from load import LINE, figures_folder, load_results, over_seeds, panels
-from scipy.stats import norm
+from load import LINE, figures_folder, half_widths, load_results, over_seeds, panels
 
 from relloc.geometry import CHANCE_PERCENT
 from relloc.reports.style import TWO_COLUMNS, save, use_style
@@ -102,10 +101,8 @@ for file in save(figure, figures_folder(), "shortcuts"):
 # if the network is better than guessing on photographs: what it does otherwise solves no task.
 
 # %%
-# Intervals are of 95 %; by Bonferroni's rule one of a hundred networks would be accused wrongly
-widening = norm.ppf(1 - 0.025 / len(shortcuts)) / norm.ppf(0.975)
-half = (means["high"] - means["low"]) / 2
-is_used = means["mean"] - widening * half > 0
+# Widened by Bonferroni's rule, all intervals hold together in 95 %
+is_used = means["mean"] - half_widths(means, of=len(shortcuts)) > 0
 better_than_guessing = set()
 if len(photographs):
     accuracies = over_seeds(photographs, list(LINE))

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import draw
 import load
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from relloc.errors import DataError, UsageError
 from relloc.results import Result, append_results, read_results
@@ -205,3 +208,15 @@ def test_a_store_of_mlflow_gives_what_run_folders_give(runs, monkeypatch, tmp_pa
     pd.testing.assert_frame_equal(load.load_results(), results)
     pd.testing.assert_frame_equal(load.load_curves(), curves)
     pd.testing.assert_frame_equal(load.load_results(["sweep=gaps", "eval=knn"]), of_sweep)
+
+
+def test_intervals_that_hold_together_are_those_of_students_t_at_a_smaller_level():
+    of_seeds = load.statistics(np.array([1.0, 2.0, 6.0]))
+    single = load.statistics(np.array([3.0]), 2.0, 4.0)
+    means = pd.DataFrame([of_seeds, single])
+    few, many = load.half_widths(means, of=10)
+    # 5 % divided by ten intervals, over three seeds
+    low, high = student.interval(0.995, 2, loc=3, scale=np.sqrt(7 / 3))
+    assert few == pytest.approx((high - low) / 2)
+    # A single row has the interval of its evaluation, which is one of a normal mean
+    assert many == pytest.approx(norm.ppf(0.9975) / norm.ppf(0.975))

@@ -97,6 +97,14 @@ def numbers_of(name: str, runs: Path) -> list[str]:
         assert len(last) == 12
         # Monitors ask part of the held-out images, and another way: the number is near the row's
         return ["12 trainings", "chance 12.5 %"]
+    if name == "neighbors_and_discovery":
+        phrases = ["pretrained weights", "random weights"]
+        for row in rows_of(runs / "studies", "discovery"):
+            if row.metric == "verified_images":
+                line = "random" if row.checkpoint == "random" else "pretrained"
+                phrases.append(f"{line} {row.value:.1f} %")
+        assert len(phrases) == 4
+        return phrases
     return {
         "card": ["0 of the 42", "voc07_svm"],
         "gap_jitter": [
@@ -106,7 +114,6 @@ def numbers_of(name: str, runs: Path) -> list[str]:
             "Pretext accuracy agrees with them",
         ],
         "label_free": ["none of 4 measures", "6 settings"],
-        "neighbors_and_discovery": ["pretrained weights", "random weights"],
         "shortcuts": ["Of 13 shortcuts", "padding_noise"],
         "sweep": ["of 18 metrics and layers", "feature4"],
     }[name]
