@@ -40,8 +40,8 @@ from load import (
     panels,
 )
 
+from relloc.figures.style import save, use_style
 from relloc.reports.published import CARD, RANDOM, SUPERVISED, published_numbers
-from relloc.reports.style import save, use_style
 from relloc.results import LAYERS
 
 use_style()

@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 from draw import legend_below
 from load import as_frame, figures_folder, load_measured
 
+from relloc.figures.style import TWO_COLUMNS, save, use_style
 from relloc.reports.compare import ABOVE, BELOW, INSIDE, make_entries
 from relloc.reports.published import (
     CARD,
@@ -40,7 +41,6 @@ from relloc.reports.published import (
     parts_of,
     published_numbers,
 )
-from relloc.reports.style import TWO_COLUMNS, save, use_style
 
 use_style()
 # The panels: which weights of ours stand beside which published rows, in order of preference

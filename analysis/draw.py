@@ -9,7 +9,7 @@ from load import SELECT, Frame, MixedRows, differences, differing_settings, line
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relloc.reports.style import (
+from relloc.figures.style import (
     MOST_CATEGORIES,
     MOST_ORDERED,
     TWO_COLUMNS,

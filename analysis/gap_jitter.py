@@ -51,7 +51,7 @@ from permutation import p_of_effect, p_of_interaction
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
-from relloc.reports.style import (
+from relloc.figures.style import (
     TWO_COLUMNS,
     category_looks,
     ink_on,

@@ -32,9 +32,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from load import figures_folder, load_measured, selected_words
 
+from relloc.figures.style import category_looks, save, use_style
 from relloc.reports.observations import observations
 from relloc.reports.prediction import check_enough, predictions
-from relloc.reports.style import category_looks, save, use_style
 
 use_style()
 observed = observations(load_measured())

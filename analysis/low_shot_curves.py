@@ -41,8 +41,8 @@ from load import (
     panels,
 )
 
+from relloc.figures.style import save, use_style
 from relloc.reports.published import CARD, published_numbers
-from relloc.reports.style import save, use_style
 
 use_style()
 results = load_results()

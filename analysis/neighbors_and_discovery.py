@@ -33,7 +33,7 @@ import pandas as pd
 from draw import legend_below, named_lines
 from load import LINE, Frame, figures_folder, load_results, over_seeds, panels
 
-from relloc.reports.style import TWO_COLUMNS, save, use_style
+from relloc.figures.style import TWO_COLUMNS, save, use_style
 
 use_style()
 results = load_results()

@@ -32,8 +32,8 @@ import numpy as np
 from draw import legend_below, named_lines
 from load import LINE, figures_folder, half_widths, load_results, over_seeds, panels
 
+from relloc.figures.style import TWO_COLUMNS, save, use_style
 from relloc.geometry import CHANCE_PERCENT
-from relloc.reports.style import TWO_COLUMNS, save, use_style
 
 use_style()
 rows_of_study = load_results().loc[lambda rows: rows["eval"].eq("shortcuts")]

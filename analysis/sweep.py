@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from load import figures_folder, runs_folder
 
-from relloc.reports.style import axis_label, ordered_looks, save, use_style
+from relloc.figures.style import axis_label, ordered_looks, save, use_style
 from relloc.reports.sweep import mean_tables, our_lines, read_sweep
 from relloc.results import RESULTS_FILE
 from relloc.sweeps.sweep import SWEEP_FILE, Sweep

@@ -34,7 +34,7 @@ import pandas as pd
 from draw import legend_below, named_lines, panel_axes
 from load import LINE, as_frame, figures_folder, load_curves
 
-from relloc.reports.style import mark_chance, save, use_style
+from relloc.figures.style import mark_chance, save, use_style
 
 use_style()
 curves = load_curves()

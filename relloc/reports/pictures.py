@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from relloc.figures.style import axis_label, ink_on, ordered_looks, save_as, style
 from relloc.reports.parts import MISSING
-from relloc.reports.style import axis_label, ink_on, ordered_looks, save_as, style
 from relloc.reports.sweep import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
 from relloc.results import REFERENCE_MODELS
 from relloc.terminal import escaped, quantity

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from relloc.reports.style import (
+from relloc.figures.style import (
     MOST_CATEGORIES,
     MOST_ORDERED,
     axis_label,
