@@ -12,6 +12,7 @@ so that a side shows it only where it takes more than those before it.
 import argparse
 import dataclasses
 import resource
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,9 @@ def main() -> None:
         state=NullState(),
         folder=Path(),
     )
-    with engine.training(how):
+    with engine.training(how), tempfile.TemporaryDirectory() as folder:
+        # The evaluation leaves a table and a picture
+        context = dataclasses.replace(context, folder=Path(folder))
         few = dataclasses.replace(evaluation, n_images=min(n_images, _FEW))
         _measured(few, context)
         rows = []

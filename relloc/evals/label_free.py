@@ -15,6 +15,7 @@ from relloc.data.loader import ImageBatch
 from relloc.data.subsets import evenly_spaced
 from relloc.data.views import View
 from relloc.errors import UsageError
+from relloc.evals.label_free_files import draw_measures, write_measures
 from relloc.evaluation.contract import Context, Evaluation
 from relloc.features.dense_structure import dense_structure, unit_places
 from relloc.features.lidar import ViewScatter
@@ -114,7 +115,7 @@ class LabelFree(Evaluation):
         checks.whole("eval.label_free.n_images", self.n_images, at_least=2)
 
     def run(self, context: Context) -> Iterator[Score]:
-        """Yields the measures of each layer, `rankme` first.
+        """Yields the measures of each layer, `rankme` first, and then writes a table and a picture.
 
         Places of patches, groups of images and first clusters are drawn by the run's seed; RankMe,
         the stable rank and alpha-ReQ are not random. A measure that features do not define is left
@@ -125,8 +126,18 @@ class LabelFree(Evaluation):
             UsageError: features are not finite, or all zero.
         """
         read = self._read(context)
+        scores = []
         for layer in self.layers:
-            yield from self._scores(layer, read, context)
+            for score in self._scores(layer, read, context):
+                scores.append(score)
+                yield score
+        if not scores:
+            return
+        title = f"measures without labels of {context.weights or 'these weights'}"
+        write_measures(scores, context.folder)
+        draw_measures(scores, context.folder, title=title)
+        layers = quantity(len({score.layer for score in scores}), "layer")
+        context.print_line(f"label_free: measures of {layers}: see {context.folder}")
 
     def _scores(self, layer: str, read: "_Read", context: Context) -> Iterator[Score]:
         rows = torch.cat(read.features[layer])

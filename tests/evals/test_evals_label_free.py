@@ -1,23 +1,27 @@
+import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from contexts import MadeContext, context
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from relloc.data.folder import FolderImages
 from relloc.data.views import Center
 from relloc.errors import UsageError
+from relloc.evals import label_free_files
 from relloc.evals.label_free import Dse, LabelFree, Lidar
 from relloc.features.dense_structure import dense_structure, unit_places
 from relloc.features.lidar import ViewScatter
 from relloc.features.pool import pooled_layers
 from relloc.features.source import Bank, LiveFeatures
 from relloc.features.spectrum import alpha_req, rankme, stable_rank
+from relloc.figures.style import save_png
 from relloc.models.small import SmallBackbone
 from relloc.patches.normalize import ByDataset
 from relloc.results import Score
@@ -25,6 +29,14 @@ from relloc.seeds import Use, seed_for
 
 CPU = torch.device("cpu")
 ROWS = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 12)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and pictures go below the current folder, as the folder of contexts is relative."""
+    monkeypatch.chdir(tmp_path)
+    # Rendering takes longer than most of these tests
+    monkeypatch.setattr(label_free_files, "save_png", lambda figure, path: None)
 
 
 def bank_of(**layers: Tensor) -> Bank:
@@ -174,6 +186,65 @@ def test_one_reading_gives_what_each_measure_gives_by_itself(tmp_path: Path) -> 
     alone = dense_structure(places, of_dse, seed=3, device=CPU)
     assert found["feature2", "dse"] == pytest.approx(alone.dse, rel=1e-3)
     assert found["feature2", "dse_between"] == pytest.approx(alone.between, rel=1e-3)
+
+
+def test_the_table_has_all_rows_and_the_picture_a_panel_for_each_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(label_free_files, "save_png", spy_on_save(drawn))
+    printed: list[str] = []
+    folder = tmp_path / "of_this_model"
+    made = dataclasses.replace(
+        live(tmp_path), folder=folder, print_line=printed.append, checkpoint="runs/$a$/weights.pth"
+    )
+    # Layers in another order, which the picture does not take over
+    found = list(dataclasses.replace(WITH_ALL, layers=LAYERS[::-1]).run(made))
+    with open(folder / "label_free.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    read = [
+        (line["layer"], line["metric"], float(line["value"]), line["unit"], int(line["n"]))
+        for line in lines
+    ]
+    assert read == [
+        (score.layer, score.metric, score.value, score.unit, score.n) for score in found
+    ]
+    names = {line["measure"] for line in lines if line["layer"] == "feature2"}
+    measures = {"RankMe", "stable rank", "alpha-ReQ", "LiDAR", "DSE"}
+    terms = {"between", "dimension", "within group", "within image"}
+    assert names == measures | {f"DSE, {term}" for term in terms}
+
+    with Image.open(folder / "label_free.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 50  # not an empty sheet
+    [figure] = drawn
+    panels = {axis.get_title(loc="left").split(",")[0]: axis for axis in figure.axes}
+    assert panels.keys() == measures | {"terms of DSE"}
+    ticks = [label.get_text() for label in panels["LiDAR"].get_xticklabels()]
+    assert ticks == list(LAYERS)
+    line, *points = panels["DSE"].lines
+    by_layer = [values(found).get((layer, "dse"), np.nan) for layer in LAYERS]
+    assert np.array_equal(line.get_ydata(), by_layer, equal_nan=True)
+    assert len({point.get_marker() for point in points}) == len(LAYERS)
+    legend = panels["terms of DSE"].get_legend()
+    assert {text.get_text() for text in legend.get_texts()} == terms
+    assert figure.get_suptitle().endswith("of weights.pth")
+    [told] = printed
+    assert "3 layers" in told
+    assert str(folder) in told
+
+
+def spy_on_save(drawn: list[Figure]) -> Callable[[Figure, Path], None]:
+    def save(figure: Figure, path: Path) -> None:
+        drawn.append(figure)
+        save_png(figure, path)
+
+    return save
+
+
+def test_without_a_measure_there_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        scores(evaluation(("feature5",)), bank_of(feature5=torch.zeros_like(ROWS)))
+    assert not list(tmp_path.rglob("label_free.*"))
 
 
 def test_rows_say_what_each_measure_compared(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_a_study_and_the_pretext_network_of_a_run(relloc, tmp_path):
     assert studied.code == 0, studied.text
     rows = read_results(tmp_path / "studied")
     assert {row.checkpoint for row in rows} == {str(run / "backbone.safetensors"), "random"}
+    for row in rows:
+        files = tmp_path / "studied" / "evaluations" / f"label_free_{row.fingerprint}"
+        assert {"label_free.csv", "label_free.png"} <= {path.name for path in files.iterdir()}
     without = relloc("study", f"checkpoint={run}", "tracking=none")
     assert without.code == 2
     assert "--help study" in without.text
