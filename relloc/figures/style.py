@@ -106,9 +106,10 @@ def axis_label(setting: str) -> str:
     return name
 
 
-def mark_chance(axis: Axes, chance: float, name: str = "chance") -> None:
-    """Draws a line at the value that guessing would have."""
-    axis.axhline(chance, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)), label=name)
+def mark_chance(axis: Axes, chance: float, name: str = "chance", *, upright: bool = False) -> None:
+    """Draws a line at the value that guessing would have; `upright` where values lie across."""
+    draw = axis.axvline if upright else axis.axhline
+    draw(chance, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)), label=name)
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

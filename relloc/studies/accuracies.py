@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relloc.files import writing
+from relloc.figures.style import category_looks, mark_chance, save_png, style
 from relloc.geometry import CHANCE_PERCENT
 from relloc.pretext.held_out import clustered_ratio
 from relloc.results import Score, known_interval
@@ -17,7 +18,7 @@ from relloc.terminal import quantity
 
 # A picture of more lines could not be read.
 _MOST_LINES = 40
-_INCHES_PER_LINE = 0.27
+_INCHES_PER_LINE = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def write_shares(shares: Sequence[Share], path: Path, *, of: str) -> None:
 
 
 def draw_shares(shares: Sequence[Share], path: Path, *, title: str) -> None:
-    """Saves a PNG of accuracies with their intervals, and chance as a dashed line.
+    """Saves a PNG of accuracies with their intervals, and chance as a dotted line.
 
     Of more than 40 the best and the worst are shown, in order of accuracy; others keep their order.
     """
@@ -134,26 +135,31 @@ def draw_shares(shares: Sequence[Share], path: Path, *, title: str) -> None:
         half = _MOST_LINES // 2
         shown = [*by_accuracy[:half], *by_accuracy[-half:]]
         title += f"\nthe best {half} and the worst {half} of {len(shares)}"
-    figure = Figure(figsize=(8, 1.6 + _INCHES_PER_LINE * len(shown)), layout="constrained")
-    axis = figure.add_subplot()
+    with style():
+        height = 1.1 + _INCHES_PER_LINE * len(shown)
+        figure = Figure(figsize=(5.5, height), layout="constrained")
+        _draw_lines(figure.add_subplot(), shown, title)
+        save_png(figure, path)
+
+
+def _draw_lines(axis: Axes, shown: Sequence[Share], title: str) -> None:
+    """Draws a line for each share, the first on top."""
+    [look] = category_looks(1)
     highest = 50.0
     for line, share in enumerate(shown):
         if interval := known_interval(share.low, share.high):
-            axis.plot(interval, [line, line], color="tab:blue", linewidth=2)
+            axis.plot(interval, [line, line], color=look["color"])
             highest = max(highest, share.high)
         highest = max(highest, share.percent)
-        axis.plot(share.percent, line, "o", color="tab:blue", markersize=5)
+        axis.plot(share.percent, line, **look)
     names = []
     for share in shown:
         names.append(f"{share.name} ({quantity(share.pairs, 'pair', commas=True)})")
-    axis.set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
+    axis.set_yticks(range(len(shown)), names)
     # The first share stands at the top.
-    axis.invert_yaxis()
-    axis.axvline(CHANCE_PERCENT, color="gray", linestyle="--", linewidth=1, label="chance")
+    axis.set_ylim(len(shown) - 0.4, -0.6)
+    mark_chance(axis, CHANCE_PERCENT, upright=True)
     axis.set_xlim(0, highest + 2)
-    axis.set_xlabel("right answers, %, with 95 % intervals")
-    axis.set_title(title, fontsize=11, parse_math=False)
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
-    with writing(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    axis.set_xlabel("right answers, %, with 95 % intervals; dotted: chance")
+    axis.set_title(title)
+    axis.grid(visible=False, axis="y")

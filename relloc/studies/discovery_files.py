@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from relloc.data.image_set import ImageSet
 from relloc.features.source import EncodeConfig, SeededIndex
-from relloc.files import path_as_text, writing
+from relloc.figures.style import category_looks, save_png, style
+from relloc.files import path_as_text
 from relloc.studies.contact_sheet import Tile, save_contact_sheets
 from relloc.studies.csv_tables import write_table
 from relloc.studies.discovery_clusters import Cluster, PatchBoxes
@@ -113,32 +114,32 @@ def draw_curve(
     curve: PurityCoverage, shuffled: Sequence[PurityCoverage], folder: Path, *, title: str
 ) -> None:
     """Draws the curve, and those with shuffled labels behind it."""
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axis = figure.add_subplot()
-    for number, each in enumerate(shuffled):
-        label = "labels shuffled" if number == 0 else None
-        _draw_steps(axis, each, color="0.75", linewidth=0.8, label=label)
-    areas = f"area {100 * curve.area():.1f} %, up to coverage 0.5 {100 * curve.area(0.5):.1f} %"
-    _draw_steps(axis, curve, color="tab:blue", linewidth=2, label=areas)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(0, 1.02)
-    axis.set_xlabel("coverage: share of images in at least one set")
-    axis.set_ylabel("mean purity of the sets so far")
-    axis.set_title(title, fontsize=11)
-    axis.grid(alpha=0.3)
-    if len(curve.order):
-        axis.legend(loc="lower left")
-    with writing(folder / CURVE_PICTURE) as file:
-        figure.savefig(file, dpi=110, format="png")
+    with style():
+        figure = Figure(figsize=(4.2, 3.2), layout="constrained")
+        axis = figure.add_subplot()
+        for number, each in enumerate(shuffled):
+            label = "labels shuffled" if number == 0 else None
+            _draw_steps(axis, each, color="0.7", linewidth=0.6, label=label)
+        areas = f"area {100 * curve.area():.1f} %, up to coverage 0.5 {100 * curve.area(0.5):.1f} %"
+        color = category_looks(1)[0]["color"]
+        _draw_steps(axis, curve, color=color, linewidth=1.6, label=areas)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1.02)
+        axis.set_xlabel("coverage: share of images in at least one set")
+        axis.set_ylabel("mean purity of the sets so far")
+        axis.set_title(title)
+        if len(curve.order):
+            axis.legend(loc="lower left")
+        save_png(figure, folder / CURVE_PICTURE)
 
 
-def _draw_steps(axis: Axes, curve: PurityCoverage, **style: Any) -> None:
+def _draw_steps(axis: Axes, curve: PurityCoverage, **look: Any) -> None:
     """Draws a curve as its area is computed: coverage that a set adds has the purity after it."""
     if not len(curve.order):
         return  # without any set, the area is 0
     coverage = np.concatenate([[0.0], curve.coverage])
     purity = np.concatenate([curve.purity[:1], curve.purity])
-    axis.step(coverage, purity, where="pre", **style)
+    axis.step(coverage, purity, where="pre", **look)
 
 
 def save_cluster_sheets(

@@ -3,12 +3,11 @@
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relloc.files import writing
+from relloc.figures.style import MOST_CATEGORIES, Look, category_looks, save_png, style
 from relloc.geometry import CHANCE_PERCENT
 from relloc.studies.shortcuts.estimates import Estimate, explained_percent, root_of_ratio
 from relloc.studies.shortcuts.findings import Findings
@@ -22,14 +21,13 @@ from relloc.studies.shortcuts.questions import (
 )
 from relloc.studies.shortcuts.verdicts import Verdict
 
-_WIDTH_OF_PANEL = 4.6  # inches
-_HEIGHT_OF_PANEL = 3.9
+_WIDTH_OF_PANEL = 3.7  # inches
+_HEIGHT_OF_PANEL = 2.9
 _COLUMNS = 4
-_DPI = 110
 _CHARACTERS_OF_VERDICTS = 92
-_LARGEST_FONT = 9  # points, of the verdicts
+_LARGEST_FONT = 8  # points, of the verdicts
 # Inches that a character takes at that size: DejaVu Sans, and the same in bold
-_INCHES_PER_CHARACTER = (0.069, 0.078, 0.069)
+_INCHES_PER_CHARACTER = (0.0615, 0.0695, 0.0615)
 _SPREAD = 0.08  # of series that have points at the same places, so that intervals can be told apart
 Panel = tuple[str, Callable[[Axes], None]]
 
@@ -55,20 +53,21 @@ def draw_findings(
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     # The verdicts take the width of the picture below the panels.
-    height_of_text = 0.3 + 0.33 * len(verdicts)
+    height_of_text = 0.2 + 0.2 * len(verdicts)
     width = _WIDTH_OF_PANEL * max(columns, 3)
-    figure = Figure(figsize=(width, _HEIGHT_OF_PANEL * rows + height_of_text), layout="constrained")
-    figure.suptitle(f"shortcuts: {title}", fontsize=13)
-    heights = [_HEIGHT_OF_PANEL] * rows + [height_of_text]
-    places = figure.add_gridspec(rows + 1, columns, height_ratios=heights)
-    for number, (name, draw) in enumerate(panels):
-        row, column = divmod(number, columns)
-        axis = figure.add_subplot(places[row, column])
-        axis.set_title(name, fontsize=10)
-        draw(axis)
-    _write_verdicts(figure.add_subplot(places[rows, :]), verdicts, width)
-    with writing(path) as file:
-        figure.savefig(file, dpi=_DPI, format="png")
+    size = (width, _HEIGHT_OF_PANEL * rows + height_of_text)
+    with style():
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(f"shortcuts: {title}")
+        heights = [_HEIGHT_OF_PANEL] * rows + [height_of_text]
+        places = figure.add_gridspec(rows + 1, columns, height_ratios=heights)
+        for number, (name, draw) in enumerate(panels):
+            row, column = divmod(number, columns)
+            axis = figure.add_subplot(places[row, column])
+            axis.set_title(name)
+            draw(axis)
+        _write_verdicts(figure.add_subplot(places[rows, :]), verdicts, width)
+        save_png(figure, path)
 
 
 def _panels_of_answers(findings: Findings, strengths: Strengths) -> list[Panel]:
@@ -122,13 +121,14 @@ def _draw_patches(axis: Axes, findings: Findings) -> None:
             easy_errors = errors.other_error[easiest]
             easy_centers = errors.other_center[easiest]
             of_easiest.append(root_of_ratio(easy_errors, easy_centers, easy_sources))
-        line = _draw_line(axis, places, of_all, label=color)
+        look = _look(number)
+        _draw_line(axis, places, of_all, look, label=color)
         # Without intervals, which of so few images would hide everything else
         values = [each.value for each in of_easiest]
-        axis.plot(places, values, color=line, linestyle=":", marker="x", markersize=4)
-    axis.axhline(1, color="black", linestyle="--", linewidth=1)
-    axis.set_xticks(range(len(layers)), layers, fontsize=8)
-    axis.set_ylabel("error relative to always the center\n(dotted: easiest tenth)", fontsize=9)
+        axis.plot(places, values, **{**look, "linestyle": ":"}, markerfacecolor="none")
+    axis.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_ylabel("error relative to always the center\n(dotted: easiest tenth)")
     _add_legend(axis)
 
 
@@ -140,10 +140,10 @@ def _draw_maps(axis: Axes, findings: Findings) -> None:
         layers = list(by_layer)
         offset = _offset(number, len(findings.map_errors))
         places = [place + offset for place in range(len(found))]
-        _draw_line(axis, places, found, label=f"maps of {images}")
-    axis.axhline(0, color="black", linestyle="--", linewidth=1)
-    axis.set_xticks(range(len(layers)), layers, fontsize=8)
-    axis.set_ylabel("R² of the place, %", fontsize=9)
+        _draw_line(axis, places, found, _look(number), label=f"maps of {images}")
+    axis.axhline(0, color="black", linestyle="--", linewidth=0.8)
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_ylabel("R² of the place, %")
     _add_legend(axis)
 
 
@@ -154,7 +154,7 @@ def _draw_lens(
     fractions = [0.0, *strengths.lens]
     found = [findings.accuracy(by_name[lens_noise(each)]) for each in fractions]
     percent = [100 * each for each in fractions]
-    _draw_line(axis, percent, found, label="colors as trained")
+    _draw_line(axis, percent, found, _look(0), label="colors as trained")
     prefix = f"{lens_noise(strengths.lens[-1])}_"
     treated = [question for name, question in by_name.items() if name.startswith(prefix)]
     # Side by side and by their names, since they are all of the strongest lens
@@ -165,13 +165,14 @@ def _draw_lens(
         place = percent[-1] + number * step
         places.append(place)
         names.append(textwrap.fill(question.color, 10))
-        _draw_line(axis, [place], [findings.accuracy(question)], label=f"colors {question.color}")
+        found = [findings.accuracy(question)]
+        _draw_line(axis, [place], found, _look(number), label=f"colors {question.color}")
     _draw_chance(axis)
     axis.set_xlabel(
         f"green closer to the center by, %; by names: {percent[-1]:g} % with such colors",
-        fontsize=8,
+        fontsize=7,
     )
-    axis.set_xticks(places, names, fontsize=7)
+    axis.set_xticks(places, names, rotation=30, ha="right", rotation_mode="anchor")
 
 
 def _draw_shifts(
@@ -186,10 +187,11 @@ def _draw_shifts(
             question = by_name[name(shift) if shift else "photographs"]
             found.append(findings.accuracy(question))
         offset = _offset(number, len(series))
-        _draw_line(axis, [place + offset for place in places], found, label=f"green {label}")
+        beside = [place + offset for place in places]
+        _draw_line(axis, beside, found, _look(number), label=f"green {label}")
     _draw_chance(axis)
     axis.set_xticks(places)
-    axis.set_xlabel("shift, px", fontsize=9)
+    axis.set_xlabel("shift, px")
     _add_legend(axis)
 
 
@@ -205,24 +207,27 @@ def _draw_colors(axis: Axes, findings: Findings, by_name: dict[str, Question]) -
         plain.append(findings.accuracy(by_name[name]))
         lens.append(findings.accuracy(by_name[f"lens_{color}"]))
     places = range(len(colors))
-    _draw_line(axis, [place - 0.1 for place in places], plain, label="photographs", joined=False)
-    through = [place + 0.1 for place in places]
-    _draw_line(axis, through, lens, label="through a further lens", joined=False)
+    series = {"photographs": plain, "through a further lens": lens}
+    for number, (label, found) in enumerate(series.items()):
+        beside = [place + 0.2 * (number - 0.5) for place in places]
+        look = {**_look(number), "linestyle": "none"}
+        _draw_line(axis, beside, found, look, label=label)
     _draw_chance(axis)
-    axis.set_xticks(list(places), colors, fontsize=8)
+    axis.set_xticks(list(places), colors)
     _add_legend(axis)
 
 
 def _draw_bars(axis: Axes, findings: Findings, asked: Sequence[Question]) -> None:
     places = range(len(asked))
     found = [findings.accuracy(question) for question in asked]
-    colors = ["tab:orange" if each.is_about_photographs else "tab:gray" for each in asked]
+    of_photographs = _look(0)["color"]
+    colors = [of_photographs if each.is_about_photographs else "0.75" for each in asked]
     axis.bar(
         places,
         [each.value for each in found],
         color=colors,
         yerr=[_shown_half_width(each) for each in found],
-        capsize=3,
+        capsize=2,
     )
     for place, estimate in zip(places, found, strict=True):
         # Above the bar and its interval
@@ -233,34 +238,37 @@ def _draw_bars(axis: Axes, findings: Findings, asked: Sequence[Question]) -> Non
             xytext=(0, 2),
             textcoords="offset points",
             ha="center",
-            fontsize=8,
+            fontsize=7,
         )
     _draw_chance(axis)
     axis.margins(y=0.12)
+    axis.grid(visible=False, axis="x")
     labels = [textwrap.fill(question.title, 12) for question in asked]
-    axis.set_xticks(list(places), labels, fontsize=7)
+    axis.set_xticks(list(places), labels, fontsize=6.5)
 
 
 def _draw_line(
     axis: Axes,
     places: Sequence[float],
     found: Sequence[Estimate],
+    look: Look,
     *,
     label: str,
-    joined: bool = True,
-) -> Any:
-    """Draws points with their intervals, and returns their color."""
-    line, *_ = axis.errorbar(
+) -> None:
+    """Draws points with their intervals."""
+    axis.errorbar(
         places,
         [each.value for each in found],
         yerr=[_shown_half_width(each) for each in found],
-        marker="o",
-        markersize=4,
-        linestyle="-" if joined else "none",
-        capsize=3,
+        capsize=2,
         label=label,
+        **look,
     )
-    return line.get_color()
+
+
+def _look(number: int) -> Look:
+    """Returns the look of a series; of more than can be told apart, they begin again."""
+    return category_looks(MOST_CATEGORIES)[number % MOST_CATEGORIES]
 
 
 def _offset(number: int, n_series: int) -> float:
@@ -276,12 +284,12 @@ def _add_legend(axis: Axes) -> None:
     low, high = axis.get_ylim()
     # A line takes about 7 % of the height of a panel
     axis.set_ylim(low, high + (0.03 + 0.07 * lines) * (high - low))
-    axis.legend(fontsize=7, ncols=columns, loc="upper center")
+    axis.legend(ncols=columns, loc="upper center")
 
 
 def _draw_chance(axis: Axes) -> None:
-    axis.axhline(CHANCE_PERCENT, color="black", linestyle="--", linewidth=1)
-    axis.set_ylabel("pretext accuracy, % (chance dashed)", fontsize=9)
+    axis.axhline(CHANCE_PERCENT, color="black", linestyle="--", linewidth=0.8)
+    axis.set_ylabel("pretext accuracy, % (chance dashed)")
 
 
 def _shown_half_width(estimate: Estimate) -> float:

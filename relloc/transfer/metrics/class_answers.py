@@ -12,11 +12,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from relloc.data.image_set import ImageSet
 from relloc.errors import UnreadableImage
+from relloc.figures.style import category_looks, save_png, style
 from relloc.files import writing
 
 Rgb = tuple[int, int, int]
 
-_INCHES_PER_BAR = 0.28
+_INCHES_PER_BAR = 0.2
 # Of the sheet of examples, in pixels: the side of an image, the gap around it, and its frame.
 _SIDE, _GAP, _FRAME = 132, 6, 4
 _TEXT_SIZE = 13
@@ -115,26 +116,29 @@ def draw_ap_by_class(
     best_first = sorted(precisions, key=lambda name: -precisions[name])
     percent = [100 * precisions[name] for name in best_first]
     labels = [f"{name} ({counts[name]:,})" for name in best_first]
-    height = max(2.5, len(best_first) * _INCHES_PER_BAR + 1.2)
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axis = figure.add_subplot()
-    places = range(len(best_first))
-    axis.barh(places, percent, color="#4c8cbf")
-    axis.set_yticks(places, labels, fontsize=9)
-    axis.invert_yaxis()
-    # Fixed limits make pictures comparable; beyond 100 there is room for numbers.
-    axis.set_xlim(0, 108)
-    axis.set_xticks(range(0, 101, 20))
-    axis.set_xlabel("average precision, %; dashed: the mean; in brackets: images with the class")
-    axis.set_title(title)
-    mean = float(np.mean(percent))
-    axis.axvline(mean, color="black", linestyle="--", linewidth=1, zorder=0)
-    # A white ground keeps the line out of numbers.
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    for place, value in zip(places, percent, strict=True):
-        axis.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=9, bbox=ground)
-    with writing(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    height = max(2.0, len(best_first) * _INCHES_PER_BAR + 1)
+    with style():
+        figure = Figure(figsize=(5.5, height), layout="constrained")
+        axis = figure.add_subplot()
+        places = range(len(best_first))
+        axis.barh(places, percent, color=category_looks(1)[0]["color"])
+        axis.set_yticks(places, labels)
+        axis.set_ylim(len(best_first) - 0.4, -0.6)
+        # Fixed limits make pictures comparable; beyond 100 there is room for numbers.
+        axis.set_xlim(0, 108)
+        axis.set_xticks(range(0, 101, 20))
+        axis.set_xlabel(
+            "average precision, %; dashed: the mean; in brackets: images with the class"
+        )
+        axis.set_title(title)
+        axis.grid(visible=False)
+        mean = float(np.mean(percent))
+        axis.axvline(mean, color="black", linestyle="--", linewidth=0.8, zorder=0)
+        # A white ground keeps the line out of numbers.
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        for place, value in zip(places, percent, strict=True):
+            axis.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=7, bbox=ground)
+        save_png(figure, path)
 
 
 def draw_examples(
