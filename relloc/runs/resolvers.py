@@ -3,8 +3,11 @@
 Nothing here imports torch.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -170,9 +173,20 @@ def _plain(folders: ListConfig | str | None) -> Folders:
     return folders
 
 
+def _returning_node(resolver: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the resolver with lists as nodes; `--cfg job --resolve` fails with plain ones."""
+
+    @functools.wraps(resolver)
+    def resolve(*arguments: Any, **nodes: Any) -> Any:
+        value = resolver(*arguments, **nodes)
+        return ListConfig(value) if isinstance(value, list) else value
+
+    return resolve
+
+
 for _resolver in (scaled, scaled_whole, images_of, shards_of):
     OmegaConf.register_new_resolver(
         _resolver.__name__,
-        _resolver,
+        _returning_node(_resolver),
         replace=True,
     )
