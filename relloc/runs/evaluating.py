@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -49,13 +50,23 @@ from relloc.runs.evaluated_models import evaluated_models, files_of_sweep
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.invocation import Invocation
 from relloc.runs.naming import evaluation_name
-from relloc.runs.reusing import EvalRun, ResumableState, not_measured, raise_if_stopped, state_file
+from relloc.runs.reusing import (
+    EvalRun,
+    ResumableState,
+    ReusableRows,
+    measured_by_us,
+    not_measured,
+    raise_if_stopped,
+    state_file,
+)
 from relloc.runs.run_settings import ChosenEvaluation
 from relloc.terminal import quantity
 from relloc.tracking.journal import Journal
 
 # Beside the pictures and tables of an evaluation: whose weights they are of.
 ABOUT_FILE = "about.json"
+# While another run measures all that is missing: seconds until the next look for its results.
+_LOOK_AGAIN_S = 1.0
 
 
 def evaluate_checkpoint(settings: Evaluating, invocation: Invocation) -> None:
@@ -354,35 +365,30 @@ def evaluate_model(
         for named in evaluations
     ]
     parts = list(itertools.chain(*parts_by_evaluation))
-
-    # Rank 0 looks into the run folders and tells the others which parts are missing.
-    missing: list[int] = []
     if folder:
         names = ", ".join(named.name for named in evaluations)
         of_model = f" ({model.model})" if model.model else ""
         console.print_message(f"eval    {names} of {model.checkpoint}{of_model}")
-        missing = not_measured(parts, model, run)
-    missing_parts = [parts[index] for index in ranks.from_first(missing)]
 
     # Parts of a group share one pass of the images through the backbone.
-    open_state = functools.partial(ResumableState, run)
-    log_of = functools.partial(_log_of, model, settings, folder)
-    for group in group_parts(missing_parts):
-        measured = evaluate(
-            model,
-            group,
-            settings,
-            run_dir=run_dir,
-            open_state=open_state,
-            log_of=log_of,
-            # Only the process with the run folder prints.
-            print_line=console.print_message if folder else print_nothing,
-        )
-        for part, rows in measured:
-            if folder:
-                _save_part(part, rows, model, folder)
-            # Between two parts nothing is lost by stopping.
-            raise_if_stopped(run.stop)
+    rows = ReusableRows(parts, run)
+    waiting = group_parts(parts)
+    is_told = False
+    while waiting:
+        taken = [
+            group for group in waiting if not _measure_group(group, model, settings, run, rows)
+        ]
+        # Another run may measure the same: then the others come first, and its results are awaited.
+        if taken == waiting:
+            if folder and not is_told:
+                is_told = True
+                awaited = dict.fromkeys(part.named.name for group in taken for part in group)
+                console.print_message(
+                    f"waits   for {', '.join(awaited)} of the same weights, which another run "
+                    "measures; reuse=false measures them here too"
+                )
+            time.sleep(_LOOK_AGAIN_S)
+        waiting = taken
     # Each process has met other images.
     unreadable.update(ranks.union(unreadable))
 
@@ -390,6 +396,52 @@ def evaluate_model(
     if folder:
         fingerprints |= _summarize(model, parts_by_evaluation, settings, run_dir)
     return fingerprints
+
+
+def _measure_group(
+    group: Sequence[EvalPart],
+    model: EvaluatedModel,
+    settings: EvalSettings,
+    run: EvalRun,
+    rows: ReusableRows,
+) -> bool:
+    """Measures what a group of parts lacks, unless another run is measuring the group now.
+
+    Returns:
+        False in that case.
+    """
+    folder = run.folder
+    # Rank 0 looks into the run folders and tells the others which parts are missing.
+    with contextlib.ExitStack() as at_end:
+        missing: list[int] = []
+        is_ours = True
+        if folder and not_measured(group, model, rows):
+            is_ours = at_end.enter_context(measured_by_us(group, run))
+            # Another run may have ended between the look and the lock.
+            still = not_measured(group, model, rows) if is_ours else []
+            missing = [group.index(part) for part in still]
+        is_ours, missing = ranks.from_first((is_ours, missing))
+        if not is_ours:
+            raise_if_stopped(run.stop)
+            return False
+        if not missing:
+            return True
+        measured = evaluate(
+            model,
+            [group[index] for index in missing],
+            settings,
+            run_dir=run.run_dir,
+            open_state=functools.partial(ResumableState, run),
+            log_of=functools.partial(_log_of, model, settings, folder),
+            # Only the process with the run folder prints.
+            print_line=console.print_message if folder else print_nothing,
+        )
+        for part, results in measured:
+            if folder:
+                _save_part(part, results, model, folder)
+            # Between two parts nothing is lost by stopping.
+            raise_if_stopped(run.stop)
+    return True
 
 
 def _all_batch_norms(evaluations: Sequence[NamedEvaluation], settings: EvalSettings) -> list[str]:

@@ -1,18 +1,19 @@
-"""Reuses results of other runs, and resumes evaluations that were stopped.
+"""Reuses results of other runs, waits for what they measure now, and resumes what was stopped.
 
-Both go by the fingerprint of an evaluation, a hash of all that decides its numbers: weights,
-images, settings and protocol.
+All go by the fingerprint of an evaluation, a hash of all that decides its numbers: weights, images,
+settings and protocol.
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from relloc import ranks
 from relloc.checkpoints.states import delete_state, load_state, save_state
+from relloc.data.image_set import hash_lines
 from relloc.errors import CheckpointError, DamagedCheckpoint
 from relloc.evaluation.contract import EvaluatedModel
 from relloc.evaluation.run import EvalPart
@@ -22,12 +23,15 @@ from relloc.results import PERSON, RESULTS_FILE, Result, append_results, read_re
 from relloc.runs import console
 from relloc.runs.folder import UNREADABLE_FILE, RunFolder
 from relloc.runs.refusing import STATES
+from relloc.tracking.run_lock import FolderIsTaken, locked_run_folder
 
 # Seconds between two calls of `ResumableState.save` within which a stop may wait for the next one.
 # Clusters leave at least half a minute between their signal and `kill -9`.
 PATIENCE_S = 5
 # Where runs lie below the folder of runs: by themselves, by date and time, and as points of sweeps.
 _RUN_FOLDERS = ("[!.]*", "[!.]*/*", "sweeps/*/*")
+# Below the folder of runs: a lock for each group of parts that a run is measuring now.
+_MEASURED_NOW = ".measured_now"
 
 # Name of an evaluation, and fingerprint. This covers the batch norm of the part; that of a row may
 # be another, as of a network of the pretext task.
@@ -52,31 +56,64 @@ class EvalRun:
     reused_runs: Path | None
 
 
-def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun) -> list[int]:
-    """Returns the indices of the parts that have yet to be measured.
+class ReusableRows:
+    """The rows on disk that parts may have: those of this run, and of others that it may reuse.
+
+    Of rows with the same key the newest count, but those of this run before all others.
+    """
+
+    def __init__(self, parts: Sequence[EvalPart], run: EvalRun) -> None:
+        self.run = run
+        self._keys = {_key(part) for part in parts}
+        # Of each file of another run: when it was written last, and its rows.
+        self._of_files: dict[Path, tuple[float, dict[_Key, list[Result]]]] = {}
+
+    def here(self) -> dict[_Key, list[Result]]:
+        """Returns the rows of this run by key."""
+        return _rows_by_key(self.run.run_dir)
+
+    def elsewhere(self) -> dict[_Key, list[Result]]:
+        """Returns the rows of other runs by key. Only files that changed are read once more."""
+        rows: dict[_Key, list[Result]] = {}
+        if self.run.reused_runs is None:
+            return rows
+        files = _files_of_other_runs(self.run.reused_runs, RESULTS_FILE, exclude=self.run.run_dir)
+        for written, path in files:
+            known = self._of_files.get(path)
+            if known is None or known[0] != written:
+                known = (written, self._read(path))
+                self._of_files[path] = known
+            rows |= known[1]
+        return rows
+
+    def _read(self, path: Path) -> dict[_Key, list[Result]]:
+        # A file may be unreadable or of another version: then its rows are measured again.
+        try:
+            rows = _rows_by_key(path.parent)
+        except (ValueError, OSError):
+            return {}
+        return {key: rows[key] for key in rows.keys() & self._keys}
+
+
+def not_measured(
+    parts: Sequence[EvalPart], model: EvaluatedModel, rows: ReusableRows
+) -> list[EvalPart]:
+    """Returns the parts that have yet to be measured.
 
     Rows that another run measured for the same weights are copied into the run folder. Only rank 0
     calls this.
     """
-    # Collect all rows that may be reused: of other runs from old to new, and at last of this one.
-    # A later one replaces earlier ones of the same key.
-    rows_here = _rows_by_key(run.run_dir)
-    reusable: dict[_Key, list[Result]] = {}
-    if run.reused_runs:
-        for path in _files_of_other_runs(run.reused_runs, RESULTS_FILE, exclude=run.run_dir):
-            # A file may be unreadable or of another version: then its rows are measured again.
-            with contextlib.suppress(ValueError, OSError):
-                reusable |= _rows_by_key(path.parent)
-    reusable |= rows_here
+    run = rows.run
+    rows_here = rows.here()
+    reusable = rows.elsewhere() | rows_here
 
-    missing: list[int] = []
+    missing: list[EvalPart] = []
     reported: set[tuple[str, str]] = set()
-    for index, part in enumerate(parts):
-        name = part.named.name
-        key = (name, part.fingerprint)
+    for part in parts:
+        name, _ = key = _key(part)
         found = reusable if part.evaluation.repeatable else rows_here
         if key not in found:
-            missing.append(index)
+            missing.append(part)
             continue
         # This run may have begun the part, and another one finished it: the state is obsolete.
         delete_state(state_file(run.run_dir, part.fingerprint))
@@ -95,6 +132,32 @@ def not_measured(parts: Sequence[EvalPart], model: EvaluatedModel, run: EvalRun)
                 "reuse=false measures it again"
             )
     return missing
+
+
+@contextlib.contextmanager
+def measured_by_us(parts: Sequence[EvalPart], run: EvalRun) -> Iterator[bool]:
+    """Yields whether this run may measure a group of parts, or another one is measuring the same.
+
+    Trainings of a sweep end at about the same time, and each compares itself with the same random
+    weights. Within the block other runs that reuse results keep from measuring the group; what they
+    find afterwards is for `not_measured` to say. Only rank 0 calls this.
+    """
+    can_share = all(part.evaluation.repeatable for part in parts)
+    if run.reused_runs is None or not can_share:
+        yield True
+        return
+    group = hash_lines(sorted(part.fingerprint for part in parts))
+    lock = locked_run_folder(run.reused_runs / _MEASURED_NOW, f"{group}.lock")
+    with contextlib.ExitStack() as at_end:
+        try:
+            at_end.enter_context(lock)
+        except FolderIsTaken:
+            yield False
+            return
+        except OSError:
+            # Other people's runs may be read-only: their results can be reused, and not locked.
+            pass
+        yield True
 
 
 def _copies(rows: Sequence[Result], part: EvalPart, model: EvaluatedModel) -> list[Result]:
@@ -120,6 +183,10 @@ def _copies(rows: Sequence[Result], part: EvalPart, model: EvaluatedModel) -> li
     return copies
 
 
+def _key(part: EvalPart) -> _Key:
+    return part.named.name, part.fingerprint
+
+
 def _rows_by_key(run_dir: Path) -> dict[_Key, list[Result]]:
     """Returns the rows of a run folder by key; each row says in which run it was measured."""
     rows_by_key: dict[_Key, list[Result]] = {}
@@ -132,8 +199,8 @@ def _rows_by_key(run_dir: Path) -> dict[_Key, list[Result]]:
     return rows_by_key
 
 
-def _files_of_other_runs(runs: Path, name: str, *, exclude: Path) -> list[Path]:
-    """Returns the files called `name` in run folders below `runs`, oldest first.
+def _files_of_other_runs(runs: Path, name: str, *, exclude: Path) -> list[tuple[float, Path]]:
+    """Returns the files called `name` in run folders below `runs`, with their times, oldest first.
 
     `name` is the path below a run folder, and `exclude` the run folder that is left out.
     """
@@ -148,7 +215,7 @@ def _files_of_other_runs(runs: Path, name: str, *, exclude: Path) -> list[Path]:
             # The run may just have finished, and removed its state.
             with contextlib.suppress(FileNotFoundError):
                 files.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(files)]
+    return sorted(files)
 
 
 def state_file(run_dir: Path, fingerprint: str) -> Path:
@@ -186,7 +253,7 @@ class ResumableState:
         if run.reused_runs:
             name = str(self.path.relative_to(run.run_dir))
             oldest_first = _files_of_other_runs(run.reused_runs, name, exclude=run.run_dir)
-            paths += reversed(oldest_first)
+            paths += [path for _, path in reversed(oldest_first)]
         # A damaged file is reported, and the next one tried.
         for path in paths:
             try:

@@ -48,13 +48,15 @@ class FolderIsTaken(UsageError):
 
 
 @contextlib.contextmanager
-def locked_run_folder(run_dir: Path) -> Iterator[None]:
+def locked_run_folder(run_dir: Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Lock a run folder while the block runs. The folder is made if it is missing.
+
+    Locks of other names are for what runs share, in a folder that is that of none.
 
     Raises:
         FolderIsTaken: another run has locked it; the message says which one and what to do.
     """
-    path = run_dir.resolve() / LOCK_FILE
+    path = run_dir.resolve() / name
     if path in _held_here:
         raise _taken(run_dir, _read_owner(_held_here[path]))
     descriptor, by_name = _lock(path, run_dir)

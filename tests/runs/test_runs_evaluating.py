@@ -199,7 +199,12 @@ def model() -> EvaluatedModel:
     )
 
 
-def measured(run_dir: Path, evaluations: dict[str, Evaluation], *batch_norms: str) -> list[Result]:
+def measured(
+    run_dir: Path,
+    evaluations: dict[str, Evaluation],
+    *batch_norms: str,
+    reused_runs: Path | None = None,
+) -> list[Result]:
     """The rows in the run folder once a run that evaluates the model there has ended."""
     encode_config = EncodeConfig(
         batch=4, workers=0, device=CPU, precision="fp32", unreadable_share=0.0
@@ -221,7 +226,7 @@ def measured(run_dir: Path, evaluations: dict[str, Evaluation], *batch_norms: st
     folder = RunFolder(run_dir, None)
     with stop_request() as stop:
         run = EvalRun(
-            run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=None
+            run_dir=run_dir, folder=folder, stop=stop, save_every_s=3600, reused_runs=reused_runs
         )
         folder.summarize(evaluate_model(model(), named, settings, run))
     return list(read_results(run_dir))
@@ -295,6 +300,39 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
     longer = measured(tmp_path, {"boxes": Boxes(epochs=3)})
     assert longer[: len(once)] == once
     assert len(longer) == len(once) + 1
+
+
+def test_what_another_run_measures_now_is_awaited_and_all_else_measured_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Waited(Exception):
+        pass
+
+    def wait(seconds: float) -> None:
+        raise Waited
+
+    monkeypatch.setattr("relloc.runs.evaluating.time.sleep", wait)
+    both = {"spread": Spread(), "boxes": Boxes(epochs=2)}
+    of_spread = Spread.run
+
+    def run_with_another_beside(self: Spread, context: Context) -> Iterator[Score]:
+        with pytest.raises(Waited):
+            measured(tmp_path / "beside", both, reused_runs=tmp_path)
+        yield from of_spread(self, context)
+
+    monkeypatch.setattr(Spread, "run", run_with_another_beside)
+    (spread,) = measured(tmp_path / "first", {"spread": Spread()}, reused_runs=tmp_path)
+    assert ran == [0, 1, "spread"]  # boxes beside, but not the spread that was being measured
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("waits for spread of the same weights, which another run measures") == 1
+    # The first run has ended, and what it measured is found.
+    rows = measured(tmp_path / "beside", both, reused_runs=tmp_path)
+    assert [(row.eval, row.measured_in) for row in rows] == [
+        ("boxes", ""),
+        ("spread", str(tmp_path / "first")),
+    ]
+    assert rows[1].value == spread.value
+    assert ran == [0, 1, "spread"]
 
 
 def test_boxes_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,14 @@ from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, StopRequest, stop_request
 from relloc.results import Result, append_results, read_results
 from relloc.runs.folder import UNREADABLE_FILE
-from relloc.runs.reusing import EvalRun, ResumableState, not_measured, state_file
+from relloc.runs.reusing import (
+    EvalRun,
+    ResumableState,
+    ReusableRows,
+    measured_by_us,
+    not_measured,
+    state_file,
+)
 
 MODEL = EvaluatedModel(
     backbone=SmallBackbone(widths=(8, 8, 8, 10, 8)),
@@ -61,7 +69,8 @@ def is_known(
     part = EvalPart(
         named=named, evaluation=evaluation, batch_norm=batch_norm, fingerprint=fingerprint
     )
-    return not_measured([part], MODEL, eval_run(run_dir, runs=runs)) == []
+    rows = ReusableRows([part], eval_run(run_dir, runs=runs))
+    return not_measured([part], MODEL, rows) == []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +200,42 @@ def test_rows_of_a_sweeps_runs_are_found(tmp_path: Path) -> None:
     new = folder(tmp_path, "new")
     assert is_known(new, tmp_path, fingerprint="a sweep/0")
     assert is_known(new, tmp_path, fingerprint="sweeps/name/0")
+
+
+def test_one_run_at_a_time_measures_what_others_may_reuse(tmp_path: Path) -> None:
+    def may_measure(
+        name: str, evaluation: Knn = KNN, runs: Path | None = tmp_path
+    ) -> AbstractContextManager[bool]:
+        named = NamedEvaluation(
+            name="knn", evaluation=evaluation, splits=Splits(train=IMAGES, held_out=IMAGES)
+        )
+        part = EvalPart(
+            named=named, evaluation=evaluation, batch_norm="as_trained", fingerprint="mark"
+        )
+        return measured_by_us([part], eval_run(tmp_path / name, runs=runs))
+
+    with may_measure("first") as is_first:
+        assert is_first
+        with may_measure("second") as is_second:
+            assert not is_second
+        # With reuse=false it would not use the other's results, nor those that differ each time.
+        with may_measure("second", runs=None) as is_second:
+            assert is_second
+        with may_measure("second", Asked(**vars(KNN))) as is_second:
+            assert is_second
+    with may_measure("second") as is_second:
+        assert is_second
+    assert list((tmp_path / ".measured_now").iterdir()) == []
+
+
+def test_runs_that_can_only_be_read_are_reused_without_a_lock(tmp_path: Path) -> None:
+    (tmp_path / ".measured_now").write_text("a file in the place of the folder")
+    named = NamedEvaluation(
+        name="knn", evaluation=KNN, splits=Splits(train=IMAGES, held_out=IMAGES)
+    )
+    part = EvalPart(named=named, evaluation=KNN, batch_norm="as_trained", fingerprint="mark")
+    with measured_by_us([part], eval_run(tmp_path / "run", runs=tmp_path)) as is_ours:
+        assert is_ours
 
 
 def kept(
