@@ -511,7 +511,7 @@ if len(settled):
     answer += f" The order of points settled before the end in {n_settled} of {len(settled)} curves"
     if n_settled:
         if at == "images_seen":
-            answer += f", at a median of {settled.median() * 1000:.2g} thousand images"
+            answer += f", at a median of {settled.median() * 1e6:,.0f} images"
         else:
             answer += f", at a median of {settled.median():.0f} steps"
     answer += "."

@@ -147,7 +147,8 @@ class Monitoring:
     """Runs `monitors` every `every_steps` steps, within a share `most_share` of the run's time.
 
     A turn is left out if it would exceed that share, taking as long as the last one; the first is
-    never left out. Training is not affected: if monitors fail, it goes on without them.
+    never left out, and none is with a share of 1. Training is not affected: if monitors fail, it
+    goes on without them.
 
     Args:
         monitors: returns numbers by name, given the number of steps done.
@@ -176,7 +177,7 @@ class Monitoring:
         if done % self.every_steps:
             return
         since_last_s = time.monotonic() - self.asked_at_s
-        if self.cost_s > self.most_share * since_last_s:
+        if self.cost_s > self.most_share * (since_last_s + self.cost_s):
             return
         if self.device.type == "cuda":
             # Steps of training may still be queued, which are no cost of monitors.
