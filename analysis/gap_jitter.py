@@ -477,15 +477,18 @@ told_apart = {*of_shortcuts, *of_pretext}
 accuracies = [name for name in measures if name not in told_apart] or list(measures)
 pairs = agreement.loc[accuracies, accuracies].to_numpy()
 pairs = pairs[np.triu_indices(len(pairs), 1)]
-# A single measure agrees with no other
-median = np.nanmedian(pairs) if np.isfinite(pairs).any() else np.nan
 common = as_frame({"point": [best_points[name] for name in accuracies]})["point"].value_counts()
 top = common.index[0]
 answer = (
     f"**Gap {top[0]:g} and jitter {top[1]} px are best in {common.iloc[0]} of {len(accuracies)} "
-    f"measures over {len(points)} points; measures agree on the order with a median rank "
-    f"correlation of {median:.2f}**; {told('paper')}; {told('card')}."
+    f"measures over {len(points)} points"
 )
+# A single measure agrees with no other, and of two points there is no rank correlation
+if np.isfinite(pairs).any():
+    answer += (
+        f"; measures agree on the order with a median rank correlation of {np.nanmedian(pairs):.2f}"
+    )
+answer += f"**; {told('paper')}; {told('card')}."
 p_values = effects.loc[accuracies, ["p of gap", "p of jitter"]].dropna()
 if len(p_values):
     counts = (p_values < SIGNIFICANT).sum()
@@ -498,8 +501,10 @@ if len(p_of_both):
     n_depend = int((p_of_both < SIGNIFICANT).sum())
     answer += f" In {n_depend} of {len(p_of_both)} the effect of one depends on the other."
 if of_pretext and accuracies != of_pretext:
-    rho = np.nanmedian(agreement.loc[of_pretext, accuracies].to_numpy())
-    answer += f" Pretext accuracy agrees with them with a median rank correlation of {rho:.2f}."
+    rhos = agreement.loc[of_pretext, accuracies].to_numpy()
+    if np.isfinite(rhos).any():
+        rho = np.nanmedian(rhos)
+        answer += f" Pretext accuracy agrees with them with a median rank correlation of {rho:.2f}."
 below_random = effects["highest"] < effects["random"]
 if below_random[accuracies].any():
     answer += (

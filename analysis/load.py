@@ -18,16 +18,18 @@ import hashlib
 import json
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from relloc import neutral
+from relloc import neutral, terminal
 from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.errors import DataError, UsageError
 from relloc.reports.load import Measured, find_measured
@@ -74,6 +76,20 @@ Frame = Any  # a pandas DataFrame, whose types pyright can't follow
 
 class MixedRows(DataError):
     """Numbers would be mixed that differ in more than the seed; says in what, and how to choose."""
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints what a user can mend as one message, and everything else with its traceback."""
+    if isinstance(error, UsageError):
+        terminal.print_error(error)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Jupyter has its own way to show errors: this is for notebooks that are run as scripts.
+_script = getattr(sys.modules["__main__"], "__file__", None) or ""
+if Path(_script).resolve().parent == Path(__file__).resolve().parent:
+    sys.excepthook = _report
 
 
 def runs_folder() -> Path:

@@ -92,7 +92,13 @@ def _send(run_dir: Path, uri: str | None, experiment: str | None) -> str | None:
         return _complain(
             run_dir, f"neither a run folder nor one that has some in it: {missing} is missing"
         )
-    except (StoreError, OSError, ValueError) as error:
+    except StoreError as error:
+        return _complain(
+            run_dir,
+            f"{error}. Nothing is lost: repeat this command once the store answers, or name "
+            "another store with --uri",
+        )
+    except (OSError, ValueError) as error:
         return _complain(run_dir, str(error))
     for reason in sent.refused:
         _complain(run_dir, reason)

@@ -11,7 +11,12 @@ from relloc.terminal import escaped
 _LONGEST_SHOWN = 100  # characters of a tensor's name in a message
 
 
-def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+_ADVICE = "Give the model it was trained with"
+
+
+def fill(
+    backbone: nn.Module, weights: Mapping[str, Tensor], origin: str, advice: str = _ADVICE
+) -> None:
     """Loads weights into a backbone: either all of them or, after an error, none.
 
     Batch norm's counters (num_batches_tracked) may be missing, as in files of torch before 0.4.1.
@@ -20,12 +25,13 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], origin: str) -> Non
         backbone: the module to change.
         weights: tensors by the names of the module's state dict.
         origin: where the weights are from, for messages.
+        advice: what the user can do where names, shapes or types do not fit.
 
     Raises:
         CheckpointError: names, shapes or types do not fit, or values are not finite.
     """
     wanted = backbone.state_dict()
-    check_fits(wanted, weights, origin)
+    check_fits(wanted, weights, origin, advice)
     not_finite: list[str] = []
     negative: list[str] = []
     for name, tensor in weights.items():
@@ -56,7 +62,7 @@ def check_fits(
     wanted: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     origin: str,
-    advice: str = "Give the model it was trained with",
+    advice: str = _ADVICE,
 ) -> None:
     """Checks that weights have the names, shapes and kinds of numbers of a state dict.
 

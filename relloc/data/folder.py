@@ -330,12 +330,17 @@ def _unlabeled(
     remarks = tuple(filter(None, sentences))
     train_paths = paths_of["train"]
     held_out_paths = paths_of["held_out"]
+    if not train_paths and not held_out_paths:
+        raise DataError(
+            f"there is no image to train on: give a folder of images as data.root. Read are files "
+            f"called {', '.join(SUFFIXES)}. Found was {'. '.join(remarks)}"
+        )
     if not train_paths or not held_out_paths:
         raise DataError(
             f"{', '.join(map(str, roots))}: {quantity(len(train_paths), 'image')} to train on and "
-            f"{len(held_out_paths)} held out ({', '.join(SUFFIXES)}); both need some: check "
-            f"data.root, and data.source.held_out_share={held_out_share:g}, of which few images "
-            f"need more, such as 0.4. Found was {'. '.join(remarks)}"
+            f"{len(held_out_paths)} held out; both need some. Few images need another "
+            f"data.source.held_out_share than {held_out_share:g}, such as 0.4. "
+            f"Found was {'. '.join(remarks)}"
         )
     return Splits(
         train=FolderImages(name=name, split="train", paths=train_paths),

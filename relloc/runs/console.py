@@ -46,7 +46,7 @@ _HEADS = {layer: layer.replace("feature", "f") for layer in LAYERS} | {
     "embedding": "embedding",
     "": "value",
 }
-_LEGEND = "f1 to f5: feature1 to feature5, stages from the image on; pool: avgpool"
+_STAGES = "f1 to f5: feature1 to feature5, stages from the image on"
 _NAME_COLUMNS = ("evaluation", "weights", "batch norm")
 # Widths in characters. Output to a file or pipe has no width of its own: this suffices for a table.
 _WIDTH_OF_FILES = 120
@@ -202,7 +202,14 @@ def counted(batches: Iterable[T], what: str, total: int) -> Iterator[T]:
 def show_results(rows: Sequence[Result]) -> None:
     """Prints the table of results, and what its short column heads mean."""
     console.print(results_table(rows, console.width))
-    print_message(_LEGEND)
+    shown = {row.layer for row in rows if row.headline}
+    meanings = []
+    if any(layer.startswith("feature") for layer in shown):
+        meanings.append(_STAGES)
+    if "avgpool" in shown:
+        meanings.append("pool: avgpool")
+    if meanings:
+        print_message("; ".join(meanings))
 
 
 def results_table(rows: Sequence[Result], width: int) -> Table:

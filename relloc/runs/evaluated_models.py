@@ -133,7 +133,8 @@ def _from_file(settings: Evaluating, checkpoint: str) -> tuple[EvaluatedModel, _
         make_backbone = functools.partial(_described, about["model"], weights, str(file))
         architecture = _Architecture(name=name, make_backbone=make_backbone)
     backbone = architecture.make_backbone(settings.seed)
-    fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})")
+    advice = "Leave model= out: the file says which model it is of"
+    fill(backbone, weights, f"{checkpoint} (a {_printable_name(about)})", advice)
     details = _recalibrated_on(about)
     if details and backbone.own_strides:
         details = tuple(f"{detail}, with the standard strides" for detail in details)

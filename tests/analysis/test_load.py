@@ -1,5 +1,7 @@
 """What notebooks are given: each measurement once, selected, and never mixed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import draw
@@ -72,6 +74,19 @@ def test_rows_belong_to_the_pretraining_of_their_weights(here, kind, checkpoint,
     ours = row(checkpoint=checkpoint.format(runs=here))
     write_run(here / "it", ours, name="gap32 s0 gray", kind=kind)
     assert list(load.load_results()["study"]) == [study]
+
+
+def test_a_notebook_that_is_run_as_a_script_ends_in_one_message(here):
+    done = subprocess.run(
+        [sys.executable, Path(load.__file__).with_name("label_free.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    [message] = done.stderr.splitlines()
+    assert message.startswith("relloc: ")
+    assert str(here) in message
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_line(here):

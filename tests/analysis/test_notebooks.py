@@ -145,6 +145,15 @@ def test_a_notebook_refuses_what_it_can_not_show_together(name, runs):
 
 
 @pytest.mark.slow
+def test_two_points_have_no_rank_correlation(runs, monkeypatch):
+    words, _ = SELECTED["gap_jitter"]
+    monkeypatch.setenv("RELLOC_SELECT", f"{words} grid.gap_px=0,8 grid.jitter_px=0")
+    answer = execute("gap_jitter")
+    assert "over 2 points" in answer
+    assert "nan" not in answer
+
+
+@pytest.mark.slow
 def test_the_card_counts_numbers_inside_the_tolerance(runs):
     [part] = [part for part in card_parts() if part.evaluation == "voc07_svm"]
     [published] = [

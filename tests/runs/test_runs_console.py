@@ -57,6 +57,14 @@ def shown(monkeypatch: pytest.MonkeyPatch):
     return at
 
 
+def test_only_heads_that_are_there_are_explained(shown) -> None:
+    assert shown(80, rows("random")).endswith("from the image on; pool: avgpool\n")
+    pool = [row("knn", "avgpool", "random", "as_trained", 1.0)]
+    assert shown(80, pool).endswith("\npool: avgpool\n")
+    of_no_layer = [row("neighbors", "", "random", "as_trained", 1.0)]
+    assert "avgpool" not in shown(80, of_no_layer)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
 @pytest.mark.parametrize(
     "run", ["run", "a_run_of_a_name_that_is_longer_than_any_column_can_be_on_a_small_terminal"]

@@ -183,6 +183,8 @@ def test_our_run_folder_is_the_same_subject_as_the_same_weights_elsewhere(
     random = named(composed("checkpoint=random", "model=resnet18"))
     assert random.checkpoint == "random"
     assert random.weights != ours.weights
+    with pytest.raises(CheckpointError, match=r"\(a resnet18\) does not fit .*Leave model= out"):
+        named(composed(f"checkpoint={tmp_path}", "model=resnet50"))
 
 
 @pytest.mark.parametrize("where", ["folder", "file", "training"])

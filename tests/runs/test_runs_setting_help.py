@@ -52,6 +52,13 @@ def test_a_word_is_answered_from_conf_and_docstrings(word: str, parts: list[str]
     assert [part for part in parts if part not in text] == []
 
 
+def test_the_help_of_a_training_lists_every_group() -> None:
+    template = (settings.conf_dir() / "hydra/help/train.yaml").read_text()
+    _, _, listed = template.partition("${members:")
+    groups = {path.name for path in settings.conf_dir().iterdir() if path.is_dir()}
+    assert set(listed.partition("}")[0].split(",")) == groups - {"hydra"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", settings.COMMANDS)
 def test_each_setting_answers_its_default_and_its_file(command: str) -> None:
