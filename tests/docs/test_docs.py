@@ -84,6 +84,23 @@ def test_commands_are_found_on_the_pages() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    # Commands of the results are those of bash scripts that were run.
+    "page",
+    [page for page in PAGES if page.name != "results.md"],
+    ids=lambda page: page.name,
+)
+def test_brackets_of_commands_are_quoted(page: Path) -> None:
+    """The shell of macOS, zsh, refuses a word with brackets that names no file."""
+    unquoted = []
+    for block in blocks(page):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            if _is_command(line):
+                bare = re.sub(r"'[^']*'|\"[^\"]*\"|\s#.*", "", line)
+                unquoted += [line] if re.search(r"[\[\]*?{}]", bare) else []
+    assert unquoted == []
+
+
 def _relloc_command(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
     """The relloc command of a line and its words; None where it is another program."""
     program, *rest = words
