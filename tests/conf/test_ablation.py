@@ -1,5 +1,6 @@
 """Each file of conf/ablation changes what is asked of a network, and nothing else of the preset."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,18 @@ WORDS = (
 # What points of the sweep must share, so that they differ by the question alone
 SHARED = ("data", "recipe", "schedule", "optimizer", "eval", "probe", "view", "monitor", "seed")
 Compose = Callable[[str, Sequence[str]], DictConfig]
+ConfigOf = Callable[[str], DictConfig]
 
 
-def settings_of(compose: Compose, variant: str) -> dict[str, Any]:
-    return resolved(compose("train", [f"ablation={variant}", *WORDS]))
+@pytest.fixture(scope="module")
+def config_of(compose: Compose) -> ConfigOf:
+    """The config of a variant. Each is composed once, as nothing here changes them."""
+
+    @functools.cache
+    def made(variant: str) -> DictConfig:
+        return compose("train", [f"ablation={variant}", *WORDS])
+
+    return made
 
 
 def differing(settings: Mapping[str, Any], base: Mapping[str, Any]) -> set[str]:
@@ -31,23 +40,25 @@ def differing(settings: Mapping[str, Any], base: Mapping[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_changes_only_what_is_asked_of_a_network(compose: Compose, variant: str) -> None:
-    config = compose("train", [f"ablation={variant}", *WORDS])
+def test_a_variant_changes_only_what_is_asked_of_a_network(
+    config_of: ConfigOf, variant: str
+) -> None:
+    config = config_of(variant)
     settings = build.pretraining(config)
     assert settings.patches.grid.span_px <= settings.patches.grid.resize.shortest()
-    changed = differing(resolved(config), settings_of(compose, "base"))
+    changed = differing(resolved(config), resolved(config_of("base")))
     assert bool(changed) == (variant != "base")
     assert changed.isdisjoint(SHARED)
 
 
-def test_no_two_variants_are_the_same(compose: Compose) -> None:
-    everything = [settings_of(compose, variant) for variant in VARIANTS]
+def test_no_two_variants_are_the_same(config_of: ConfigOf) -> None:
+    everything = [resolved(config_of(variant)) for variant in VARIANTS]
     assert all(one not in everything[:place] for place, one in enumerate(everything))
 
 
-def test_the_preset_is_that_of_the_pilot(compose: Compose) -> None:
+def test_the_preset_is_that_of_the_pilot(config_of: ConfigOf) -> None:
     """1.33 million images in steps of 512, at a gap of half a patch."""
-    config = compose("train", ["ablation=base", *WORDS])
+    config = config_of("base")
     assert (config.schedule.epochs, config.recipe.images_per_step) == (100, 512)
     assert (config.grid.patch_px, config.grid.gap_px, config.grid.jitter_px) == (64, 32, 11)
     assert config.grid.resize.px == 292
