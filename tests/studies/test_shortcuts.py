@@ -24,6 +24,7 @@ from relloc.patches.color import Drop, Gray, Keep, Project
 from relloc.patches.normalize import ByDataset
 from relloc.patches.pipeline import PatchPipeline
 from relloc.results import Score
+from relloc.studies.shortcuts import study as study_module
 from relloc.studies.shortcuts import verdicts
 from relloc.studies.shortcuts.study import Shortcuts
 
@@ -44,6 +45,16 @@ ABOUT_ANSWERS = {
 }
 
 
+@pytest.fixture
+def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests about numbers: drawing takes as long as measuring, and others draw the same."""
+    leave_picture_out(monkeypatch)
+
+
+def leave_picture_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "draw_findings", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="module")
 def splits() -> Splits:
     return photos(tiles=[0.4], stride=0.8)
@@ -56,7 +67,7 @@ def study(**changes: object) -> Shortcuts:
         "batch": 16,
         "n_images": 24,
         "train_images": 24,
-        "noise_images": 150,
+        "noise_images": 96,
         "patch_px": 32,
         "short_px": 64,
         "patches_per_image": 2,
@@ -206,6 +217,8 @@ def test_the_audits_find_out_what_a_network_answers_by(
 ) -> None:
     # Each of them knows one shortcut and nothing about photographs, so none would be judged.
     monkeypatch.setattr(verdicts, "knows_photographs", lambda _findings: True)
+    if network is not ByColorShift:  # one picture of verdicts is enough
+        leave_picture_out(monkeypatch)
     scores = measured(study(), splits, tmp_path, pretext=asked(network()))
     guilty = guilty_of(scores)
     if network is AtRandom:
@@ -260,6 +273,7 @@ def test_a_network_is_asked_that_was_trained_on_patches_that_fill_the_image(
     assert scores["top1_gap_0", ""].value == scores["top1_photographs", ""].value
 
 
+@pytest.mark.usefixtures("without_picture")
 def test_rows_of_effects_are_named_alike_for_all_networks(tmp_path: Path) -> None:
     evaluation = study(colors={"none": Keep()}, noise_images=8)
     rows = []
@@ -374,6 +388,7 @@ def test_positions_are_read_off_features_where_there_are_some(tmp_path: Path) ->
     assert (tmp_path / "noise" / "shortcuts.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("without_picture")
 def test_padding_tells_positions_in_noise(splits: Splits, tmp_path: Path) -> None:
     scores = measured(study(n_images=4, train_images=4), splits, tmp_path)
     assert words(scores, "padding_noise") == "has it"
@@ -385,7 +400,8 @@ def test_a_small_network_finds_positions_too(tmp_path: Path) -> None:
     evaluation = study(
         n_images=20,
         train_images=40,
-        network_epochs=40,
+        patch_px=16,
+        network_epochs=20,
         patches_per_image=8,
         colors={"none": Keep()},
         noise_images=4,
