@@ -29,8 +29,6 @@
 # saves the figures in `figures` in the folder of runs, as PNG, SVG and PDF.
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -48,8 +46,6 @@ from load import (
     over_seeds,
 )
 from permutation import p_of_effect, p_of_interaction
-from scipy.stats import spearmanr
-from scipy.stats import t as student
 
 from relloc.figures.style import (
     TWO_COLUMNS,
@@ -59,16 +55,28 @@ from relloc.figures.style import (
     save,
     use_style,
 )
+from relloc.reports.best_points import (
+    CHOICES,
+    DEEP,
+    EFFECT,
+    GAP,
+    JITTER,
+    PATCH,
+    SETTLED,
+    WATCHED,
+    half_width_of_difference,
+    jitter_width,
+    rank_correlation,
+    settles,
+)
 
 use_style()
-GAP, JITTER, PATCH = "grid.gap_px", "grid.jitter_px", "grid.patch_px"
-DEEP = ["", "feature3", "feature4", "feature5"]
 MOST_MAPS = 15
 SIGNIFICANT = 0.05
 results = load_results()
 results = results.loc[results["weights"].eq("pretrained") & results["spread"].eq("")]
 # Of shortcuts neither direction is good in itself; here a training that uses less of one is better
-is_shortcut = results["metric"].str.startswith("effect_")
+is_shortcut = results["metric"].str.startswith(EFFECT)
 has_direction = results["higher_is_better"].notna() | is_shortcut
 results = results.loc[results["headline"] & has_direction & results["layer"].isin(DEEP)]
 has_grid = results["pretraining"].map(lambda settings: GAP in settings and JITTER in settings)
@@ -94,12 +102,6 @@ def check_points(frame):
         )
 
 
-def width(jitter):
-    """Returns how far patches move at most, in px: 7 is -7 to 7, and [0, 21] is 0 to 21."""
-    values = json.loads(str(jitter))
-    return 2 * values if isinstance(values, (int, float)) else values[1] - values[0]
-
-
 def with_points(frame):
     """Returns the rows with columns for gap and jitter as they are shown."""
     settings = frame["pretraining"]
@@ -113,36 +115,28 @@ check_points(results)
 results = with_points(results)
 patch_px = results["pretraining"].iloc[0][PATCH]
 gaps = sorted(results["gap"].unique())
-jitters = sorted(results["jitter"].unique(), key=width)
+jitters = sorted(results["jitter"].unique(), key=jitter_width)
 points = results[["gap", "jitter"]].drop_duplicates().itertuples(index=False, name=None)
-points = sorted(points, key=lambda point: (point[0], width(point[1])))
+points = sorted(points, key=lambda point: (point[0], jitter_width(point[1])))
 
 # %% [markdown]
 # The nearest points of the sweep to the paper's choice (conf/grid/doersch2015.yaml) and the card's
 # (conf/grid/mmselfsup.yaml), in shares of the side of a patch:
 
 # %%
-# Gap, width of the jitter and side of a patch in px
-CHOICES = {"paper": (48, 14, 96), "card": (21, 21, 64)}
 nearest = {}
 lines = []
-for name, (gap, moved, side) in CHOICES.items():
-
-    def distance(point, gap=gap, moved=moved, side=side):
-        """Returns how far a point is from the choice, in sides of a patch."""
-        of_gap = point[0] / patch_px - gap / side
-        of_jitter = width(point[1]) / patch_px - moved / side
-        return float(np.hypot(of_gap, of_jitter))
-
-    nearest[name] = min(points, key=distance)
-    chosen = f"gap {gap / side:.2f}, jitter {moved / side:.2f}"
+for name, choice in CHOICES.items():
+    distances = {(gap, jitter): choice.distance(gap, jitter, patch_px) for gap, jitter in points}
+    nearest[name] = min(distances, key=distances.__getitem__)
+    gap, moved = choice.gap_px / choice.patch_px, choice.moved_px / choice.patch_px
     lines.append(
         {
             "choice": name,
-            "of a patch": chosen,
+            "of a patch": f"gap {gap:.2f}, jitter {moved:.2f}",
             "nearest gap_px": nearest[name][0],
             "nearest jitter_px": nearest[name][1],
-            "distance": round(distance(nearest[name]), 2),
+            "distance": round(distances[nearest[name]], 2),
         }
     )
 pd.DataFrame(lines).set_index("choice")
@@ -314,19 +308,7 @@ if of_shortcuts:
 # 95 % interval of the difference, which takes the deviation of each point by itself. The best point
 # was chosen among all by the same numbers, so that some loss is to be expected by chance:
 
-
 # %%
-def half_of_difference(name, point, other):
-    """Returns half the width of Welch's interval of a difference, nan of single trainings."""
-    deviations = by_seed[name].groupby(level=["gap", "jitter"])
-    variances = (deviations.var() / deviations.size())[[point, other]].to_numpy()
-    degrees = (deviations.size() - 1)[[point, other]].to_numpy()
-    if (degrees < 1).any() or not variances.sum() > 0:
-        return np.nan
-    freedom = variances.sum() ** 2 / (variances**2 / degrees).sum()
-    return float(student.ppf(0.975, freedom) * np.sqrt(variances.sum()))
-
-
 lines, best_points = [], {}
 for name, means in measures.items():
     best = best_points[name] = (sign[name] * means["mean"]).idxmax()
@@ -337,7 +319,8 @@ for name, means in measures.items():
             continue
         # A loss is negative, also where lower values are better
         loss = sign[name] * (means["mean"][point] - means["mean"][best])
-        half = 0.0 if point == best else half_of_difference(name, point, best)
+        values = by_seed[name]
+        half = 0.0 if point == best else half_width_of_difference(values[point], values[best])
         line |= {choice: loss, f"{choice} low": loss - half, f"{choice} high": loss + half}
     lines.append(line)
 losses = as_frame(lines).set_index("measure")
@@ -348,16 +331,6 @@ losses.round(2)
 
 # %%
 signed: Frame = pd.DataFrame({name: means["mean"] * sign[name] for name, means in measures.items()})
-
-
-def rank_correlation(x, y):
-    """Returns Spearman's rho over the points that have both values, nan if one is constant."""
-    both = pd.concat([x, y], axis=1).dropna()
-    if len(both) < 3 or (both.nunique() < 2).any():
-        return np.nan
-    return float(np.asarray(spearmanr(both.iloc[:, 0], both.iloc[:, 1]))[0])
-
-
 agreement: Frame = pd.DataFrame(
     [[rank_correlation(signed[one], signed[other]) for other in signed] for one in signed],
     index=signed.columns,
@@ -371,8 +344,6 @@ agreement.round(2)
 # watched where the end has no such result.
 
 # %%
-WATCHED = ("monitor/pretext/top1", "monitor/knn/feature")
-SETTLED = 0.9
 # The result that a watched number becomes at the end
 RESULTS = {"monitor/pretext/top1": "pretext top1"}
 curves = load_curves()
@@ -397,14 +368,6 @@ if len(curves):
         end = of_points.iloc[-1]
         found = {step: rank_correlation(values, end) for step, values in of_points.iterrows()}
         orders[metric.removeprefix("monitor/")] = pd.Series(found)
-
-
-def settles(order):
-    """Returns from which step on the order is that of the end, nan if it never was before."""
-    below = order[~(order >= SETTLED)]
-    later = order if below.empty else order[order.index > below.index[-1]]
-    return later.index[0] if len(later) > 1 else np.nan
-
 
 settled: Frame = pd.Series({name: settles(order) for name, order in orders.items()}, dtype=float)
 settled.rename(f"settled (rho {SETTLED} or more from there on)").to_frame()

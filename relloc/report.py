@@ -245,6 +245,7 @@ def _too_few(observed: Observations) -> Iterator[str]:
 def _report_sweep(word: str, options: argparse.Namespace) -> bool:
     """Reports one sweep; returns whether any result is of the published card's model."""
     # Imported here, as pandas and matplotlib take a while, which other reports need not wait for
+    from relloc.reports.best_points import with_best_points
     from relloc.reports.pictures import draw_sweep
     from relloc.reports.sweep import as_report, as_sweep_csv, read_sweep
 
@@ -268,7 +269,7 @@ def _report_sweep(word: str, options: argparse.Namespace) -> bool:
         for point, state in zip(points, states, strict=True):
             if state in _NOT_IN_FLIGHT:
                 commands.append(point.again)
-        report = as_report(numbers, commands)
+        report = with_best_points(as_report(numbers, commands), numbers)
         measured = find_measured([point.folder for point in points if point.folder.is_dir()])
         _output(_RENDER[form](_with_prediction(report, measured)), options.out)
     has_card_model = bool((numbers.rows["model"] == PUBLISHED_MODEL).any())
