@@ -47,6 +47,7 @@ from load import (
 )
 from permutation import p_of_effect, p_of_interaction
 
+from relloc.errors import DataError
 from relloc.figures.style import (
     TWO_COLUMNS,
     category_looks,
@@ -82,7 +83,7 @@ results = results.loc[results["headline"] & has_direction & results["layer"].isi
 has_grid = results["pretraining"].map(lambda settings: GAP in settings and JITTER in settings)
 results = results.loc[has_grid]
 if results.empty:
-    raise LookupError("no results of trainings with grid.gap_px are selected: change RELLOC_SELECT")
+    raise DataError("no results of trainings with grid.gap_px are selected: change RELLOC_SELECT")
 
 
 def check_points(frame):
@@ -234,20 +235,20 @@ def draw_map(axis, name):
         if not np.isnan(value):
             ink = ink_on(np.asarray(image.cmap(image.norm(value))))
             # z: no minus sign before zero
-            axis.text(x, y + 0.12, f"{value:z.1f}", ha="center", va="center", color=ink, fontsize=7)
+            axis.text(x, y + 0.05, f"{value:z.1f}", ha="center", va="center", color=ink, fontsize=7)
             of_seeds = by_seed[name].loc[gaps[x], jitters[y]]
             if len(of_seeds) > 1:
                 text = f"{of_seeds.min():z.1f}…{of_seeds.max():z.1f}"
-                axis.text(x, y - 0.25, text, ha="center", va="center", color=ink, fontsize=4.5)
+                axis.text(x, y - 0.29, text, ha="center", va="center", color=ink, fontsize=4.5)
     for choice, (gap, jitter) in nearest.items():
         marker, color = marks[choice]
-        # In a corner of the cell, beside the number
+        # In an upper corner of the cell, above the number
         shift = -0.36 if choice == "paper" else 0.36
         axis.plot(
             gaps.index(gap) + shift,
-            jitters.index(jitter) + 0.33,
+            jitters.index(jitter) + 0.37,
             marker,
-            markersize=5,
+            markersize=4,
             color=color,
             markeredgecolor="white",
             label=f"nearest to the {choice}'s choice",
@@ -340,15 +341,12 @@ agreement.round(2)
 
 # %% [markdown]
 # After how many images the order of the points is that of the end: rank correlation of what was
-# watched in training, at each of its steps, with the result at the end, or with the last that was
-# watched where the end has no such result.
+# watched in training, at each of its steps, with what was watched last. (The results at the end are
+# of other images, and would order close points otherwise.)
 
 # %%
-# The result that a watched number becomes at the end
-RESULTS = {"monitor/pretext/top1": "pretext top1"}
 curves = load_curves()
 at = "images_seen" if curves["images_seen"].notna().all() else "step"
-last = curves[at].max()
 curves = curves.loc[curves["metric"].str.startswith(WATCHED)]
 # Positions of the pretext task have curves of their own, which are parts of the whole
 curves = curves.loc[~curves["metric"].str.startswith("monitor/pretext/top1_")]
@@ -361,8 +359,6 @@ if len(curves):
     for metric, rows in curves.groupby("metric", sort=False):
         of_points = rows.pivot_table(index=at, columns=["gap", "jitter"], values="value")
         of_points = of_points.dropna()
-        if RESULTS.get(metric) in measures:
-            of_points.loc[last] = measures[RESULTS[metric]]["mean"]
         if len(of_points) < 2:
             continue
         end = of_points.iloc[-1]

@@ -41,6 +41,7 @@ from load import (
     panels,
 )
 
+from relloc.errors import DataError
 from relloc.figures.style import save, use_style
 from relloc.reports.published import CARD, published_numbers
 
@@ -54,7 +55,7 @@ is_published_choice = results["variant"].eq("")
 is_spread = results["spread"].ne("")
 results = results.loc[is_accuracy & is_low_shot & (is_published_choice | is_spread)]
 if results.empty:
-    raise LookupError(
+    raise DataError(
         "no low-shot results are selected: run python -m relloc.evaluate checkpoint=RUN_FOLDER "
         "eval=voc07_low_shot, or change RELLOC_SELECT"
     )

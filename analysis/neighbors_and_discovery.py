@@ -33,13 +33,14 @@ import pandas as pd
 from draw import legend_below, named_lines
 from load import LINE, Frame, figures_folder, load_results, over_seeds, panels
 
+from relloc.errors import DataError
 from relloc.figures.style import TWO_COLUMNS, save, use_style
 
 use_style()
 results = load_results()
 results = results.loc[results["eval"].isin(["neighbors", "discovery"])]
 if results.empty:
-    raise LookupError(
+    raise DataError(
         "no neighbors and no discovery are selected: run python -m relloc.study "
         "'study=[neighbors,discovery]' checkpoint=RUN_FOLDER, or change RELLOC_SELECT"
     )

@@ -32,6 +32,7 @@ import numpy as np
 from draw import legend_below, named_lines
 from load import LINE, figures_folder, half_widths, load_results, over_seeds, panels
 
+from relloc.errors import DataError
 from relloc.figures.style import TWO_COLUMNS, save, use_style
 from relloc.geometry import CHANCE_PERCENT
 
@@ -40,7 +41,7 @@ rows_of_study = load_results().loc[lambda rows: rows["eval"].eq("shortcuts")]
 results = rows_of_study.loc[rows_of_study["metric"].str.startswith("effect_")]
 photographs = rows_of_study.loc[rows_of_study["metric"].eq("top1_photographs")]
 if results.empty:
-    raise LookupError(
+    raise DataError(
         "no shortcuts are selected: run python -m relloc.study study=shortcuts "
         "checkpoint=RUN_FOLDER, or change RELLOC_SELECT"
     )
@@ -116,7 +117,7 @@ for name in names.values():
     listed = ", ".join(of_line["shortcut"]) or "none"
     phrases.append(f"{name}: {len(of_line)} ({listed})")
 answers = means[(means["unit"] == "points") & is_ours]
-largest = answers.loc[[answers["mean"].idxmax()]].iloc[0] if len(answers) else None
+largest = answers.iloc[answers["mean"].to_numpy().argmax()] if len(answers) else None
 answer = f"**Of {len(shortcuts)} shortcuts these are used or held: {'; '.join(phrases)}.**"
 if largest is not None:
     answer += (

@@ -149,7 +149,7 @@ def best_points(sweep: SweepNumbers) -> Group | None:
     table = Table(
         title="The best point of each measure",
         caption=" ".join(
-            _sentences(accuracies, pretext, axes, nearest) + _when_settled(rows, axes, pretext)
+            _sentences(accuracies, pretext, axes, nearest) + _when_settled(rows, axes)
         ),
         columns=tuple(columns),
         rows=tuple(lines),
@@ -256,8 +256,12 @@ def _known(numbers: Iterable[float]) -> list[float]:
     return [number for number in numbers if not math.isnan(number)]
 
 
-def _when_settled(rows: Frame, axes: Sequence[str], pretext: Mapping[Hashable, float]) -> list[str]:
-    """Returns sentences on when the order of the points was that of the end, by each curve."""
+def _when_settled(rows: Frame, axes: Sequence[str]) -> list[str]:
+    """Returns sentences on when the order of the points was the last one watched, by each curve.
+
+    Results at the end are of other images than what was watched, and would order close points
+    otherwise.
+    """
     # Of each curve: at each step, the values of each point, one for each seed
     curves: dict[str, dict[int, dict[Hashable, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -280,13 +284,12 @@ def _when_settled(rows: Frame, axes: Sequence[str], pretext: Mapping[Hashable, f
             step: {point: float(np.mean(values)) for point, values in by_step[step].items()}
             for step in steps
         }
-        end = pretext if name == WATCHED[0] and pretext else means[steps[-1]]
-        means[steps[-1]] = dict(end)
+        end = means[steps[-1]]
         orders = {step: rank_correlation(of_points, end) for step, of_points in means.items()}
         at = settles(orders)
         told = "only at the end" if math.isnan(at) else f"from step {at:,.0f} of {steps[-1]:,} on"
         sentences.append(
-            f"By {name.removeprefix('monitor/')}, the order of the points was that of the end "
+            f"By {name.removeprefix('monitor/')}, the order of the points was the last watched "
             f"(rank correlation of {SETTLED} or more) {told}."
         )
     return sentences

@@ -376,7 +376,9 @@ def evaluate_model(
     is_told = False
     while waiting:
         taken = [
-            group for group in waiting if not _measure_group(group, model, settings, run, rows)
+            group
+            for group in waiting
+            if not _measure_group(group, model, settings, run, rows, unreadable)
         ]
         # Another run may measure the same: then the others come first, and its results are awaited.
         if taken == waiting:
@@ -389,8 +391,6 @@ def evaluate_model(
                 )
             time.sleep(_LOOK_AGAIN_S)
         waiting = taken
-    # Each process has met other images.
-    unreadable.update(ranks.union(unreadable))
 
     fingerprints = {part.fingerprint for part in parts}
     if folder:
@@ -404,8 +404,11 @@ def _measure_group(
     settings: EvalSettings,
     run: EvalRun,
     rows: ReusableRows,
+    unreadable: dict[str, str],
 ) -> bool:
     """Measures what a group of parts lacks, unless another run is measuring the group now.
+
+    Images that can't be read are noted in `unreadable`, which on rank 0 is that of the run folder.
 
     Returns:
         False in that case.
@@ -437,7 +440,11 @@ def _measure_group(
             print_line=console.print_message if folder else print_nothing,
         )
         for part, results in measured:
+            # Each process has met other images.
+            unreadable.update(ranks.union(unreadable))
             if folder:
+                # Before the rows are there: other runs that wait must not take them.
+                folder.write_unreadable()
                 _save_part(part, results, model, folder)
             # Between two parts nothing is lost by stopping.
             raise_if_stopped(run.stop)

@@ -106,8 +106,21 @@ class RunFolder:
 
     def report_unreadable(self) -> None:
         """Writes and prints which images could not be used, now or in earlier starts of the run."""
+        lines = self.write_unreadable()
+        if lines:
+            self.mirror_file(UNREADABLE_FILE)
+            console.print_message(
+                f"{quantity(len(lines), 'image')} could not be used, such as "
+                f"{min(lines)}; all are named in {self.path / UNREADABLE_FILE}"
+            )
+
+    def write_unreadable(self) -> set[str]:
+        """Writes which images could not be used, now or in earlier starts; returns the lines.
+
+        Other runs reuse no results of a folder that has this file.
+        """
         if not self.unreadable:
-            return
+            return set()
         lines = {f"{name}: {reason}" for name, reason in self.unreadable.items()}
         file = self.path / UNREADABLE_FILE
         if file.exists():
@@ -116,11 +129,7 @@ class RunFolder:
             lines.update(earlier.splitlines())
         content = "".join(f"{line}\n" for line in sorted(lines))
         write_whole(file, content.encode("utf-8", "surrogateescape"))
-        self.mirror_file(UNREADABLE_FILE)
-        console.print_message(
-            f"{quantity(len(lines), 'image')} could not be used, such as "
-            f"{min(lines)}; all are named in {file}"
-        )
+        return lines
 
 
 @contextlib.contextmanager

@@ -97,6 +97,15 @@ def numbers_of(name: str, runs: Path) -> list[str]:
         assert len(last) == 12
         # Monitors ask part of the held-out images, and another way: the number is near the row's
         return ["12 trainings", "chance 12.5 %"]
+    if name == "shortcuts":
+        effects = {
+            row.metric.removeprefix("effect_"): row.value
+            for row in rows_of(runs / "studies", "shortcuts")
+            if row.unit == "points" and row.metric.startswith("effect_")
+        }
+        largest = max(effects, key=effects.__getitem__)
+        found = f"is that of {largest}, {effects[largest]:+.1f} points"
+        return ["Of 13 shortcuts", "padding_noise", found]
     if name == "neighbors_and_discovery":
         phrases = ["pretrained weights", "random weights"]
         for row in rows_of(runs / "studies", "discovery"):
@@ -114,7 +123,6 @@ def numbers_of(name: str, runs: Path) -> list[str]:
             "Pretext accuracy agrees with them",
         ],
         "label_free": ["none of 4 measures", "6 settings"],
-        "shortcuts": ["Of 13 shortcuts", "padding_noise"],
         "sweep": ["of 18 metrics and layers", "feature4"],
     }[name]
 

@@ -183,7 +183,7 @@ def test_a_report_says_which_points_are_best_and_what_published_choices_lose(
         # The orders 1 2 3 4 and 1 2 4 3
         "agree with a rank correlation of 0.80",
         "That of pretext accuracy agrees with them by -0.90",
-        "By pretext/top1, the order of the points was that of the end "
+        "By pretext/top1, the order of the points was the last watched "
         "(rank correlation of 0.9 or more) from step 20 of 30 on.",
     ):
         assert sentence in table.caption

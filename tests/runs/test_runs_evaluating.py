@@ -33,7 +33,7 @@ from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, stop_request
 from relloc.results import Result, Score, read_results
 from relloc.runs.evaluating import ABOUT_FILE, evaluate_model
-from relloc.runs.folder import RunFolder
+from relloc.runs.folder import UNREADABLE_FILE, RunFolder
 from relloc.runs.reusing import EvalRun, state_file
 from relloc.tracking import list_artifacts_to_send, read_journal
 
@@ -333,6 +333,23 @@ def test_what_another_run_measures_now_is_awaited_and_all_else_measured_meanwhil
     ]
     assert rows[1].value == spread.value
     assert ran == [0, 1, "spread"]
+
+
+def test_results_of_fewer_images_are_marked_before_a_run_that_waits_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_spread = Spread.run
+
+    def run_with_a_broken_image(self: Spread, context: Context) -> Iterator[Score]:
+        context.encode_config.note_unreadable({"val/1.png": "broken"})
+        yield from of_spread(self, context)
+
+    monkeypatch.setattr(Spread, "run", run_with_a_broken_image)
+    # The first run is not closed here, as if it had other evaluations to do.
+    measured(tmp_path / "first", {"spread": Spread()}, reused_runs=tmp_path)
+    assert "val/1.png" in (tmp_path / "first" / UNREADABLE_FILE).read_text()
+    (row,) = measured(tmp_path / "second", {"spread": Spread()}, reused_runs=tmp_path)
+    assert (row.measured_in, ran) == ("", ["spread", "spread"])
 
 
 def test_boxes_that_were_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
