@@ -59,7 +59,6 @@ from relloc.figures.style import (
 from relloc.reports.best_points import (
     CHOICES,
     DEEP,
-    EFFECT,
     GAP,
     JITTER,
     PATCH,
@@ -70,6 +69,7 @@ from relloc.reports.best_points import (
     rank_correlation,
     settles,
 )
+from relloc.reports.sweep import EFFECT
 
 use_style()
 MOST_MAPS = 15

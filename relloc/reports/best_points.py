@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from scipy.stats import t as student
 
 from relloc.reports.parts import Cell, Group, Report, Row, Table
-from relloc.reports.sweep import COLUMN, TITLE, WEIGHTS, Frame, SweepNumbers
+from relloc.reports.sweep import COLUMN, EFFECT, TITLE, WEIGHTS, Frame, SweepNumbers
 from relloc.results import REFERENCE_MODELS
 from relloc.terminal import quantity
 from relloc.tracking import read_journal
@@ -26,7 +26,6 @@ from relloc.tracking.record import RUN_FILE, RunRecord
 
 GAP, JITTER, PATCH = "grid.gap_px", "grid.jitter_px", "grid.patch_px"
 DEEP = ("", "feature3", "feature4", "feature5")  # the layers that pretraining is judged by
-EFFECT = "effect_"  # begins the names of what shortcuts bring
 SETTLED = 0.9  # a rank correlation from which on two orders count as the same
 WATCHED = ("monitor/pretext/top1", "monitor/knn/feature")  # what begins the names of its curves
 _FEWEST_POINTS = 3  # that have an order

@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 
 from relloc.figures.style import axis_label, ink_on, ordered_looks, save_as, style
 from relloc.reports.parts import MISSING
-from relloc.reports.sweep import WEIGHTS, Frame, SweepNumbers, are_numbers, mean_tables, our_lines
+from relloc.reports.sweep import (
+    EFFECT,
+    TITLE,
+    WEIGHTS,
+    Frame,
+    SweepNumbers,
+    are_numbers,
+    mean_tables,
+    our_lines,
+)
 from relloc.results import REFERENCE_MODELS
 from relloc.terminal import escaped, quantity
 
@@ -42,8 +51,8 @@ def draw_sweep(sweep: SweepNumbers, path: Path, form: str = "png") -> None:
         draw = _maps if len(sweep.axes) > 1 else _curves
         figure = draw(sweep, tables)
         figure.suptitle(
-            f"sweep {escaped(sweep.name)}: accuracy and mAP in percent, "
-            f"mean and standard deviation of {_seeds(tables)}",
+            f"sweep {escaped(sweep.name)}: mean and standard deviation of {_seeds(tables)}, "
+            "in percent where no unit is named",
             fontsize=9,
         )
         save_as(figure, path, form)
@@ -88,7 +97,9 @@ def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
             axis.set_visible(False)
         before = ""
         for axis, (title, table, layer) in zip(axes, panels, strict=False):
-            _map(axis, our_lines(sweep, table), layer)
+            # Of what shortcuts bring, less is better
+            cmap = "cividis_r" if f"/{EFFECT}" in title else "cividis"
+            _map(axis, our_lines(sweep, table), layer, cmap)
             # The controls have one number for all settings, which the title has room for
             controls = []
             for name, value in _controls(table, layer).items():
@@ -99,24 +110,25 @@ def _maps(sweep: SweepNumbers, tables: Tables) -> Figure:
             # The first panel's own title stands below that of the table
             if title != before:
                 metric, _, images = title.partition(" on ")
-                heading = f"{metric}\non {images}\n{heading}"
+                heading = f"{metric}\non {images}, {_counted(sweep, title)}\n{heading}"
             axis.set_title(heading)
             before = title
     return figure
 
 
-def _map(axis: Axes, ours: Frame, layer: str) -> None:
+def _map(axis: Axes, ours: Frame, layer: str, cmap: str) -> None:
     """Draws the heat map of one layer; `ours` has the lines of our own weights."""
     # Rows are all settings but the first, columns the first
     mean = ours["mean", layer].unstack(0)
     std = ours["std", layer].unstack(0)
     axis.set_facecolor("lightgray")  # shows where a mean is missing
-    image = axis.imshow(mean, origin="lower", aspect="auto")
+    image = axis.imshow(mean, origin="lower", aspect="auto", cmap=cmap)
     axis.grid(visible=False)
     colorbar = axis.figure.colorbar(image, ax=axis)
     colorbar.ax.tick_params(labelsize=7)
     for (y, x), value in np.ndenumerate(mean.to_numpy()):
-        text = f"{value:.1f}"
+        # z: no minus sign before zero
+        text = f"{value:z.1f}"
         spread = std.iloc[y, x]
         # One seed has no standard deviation
         if not np.isnan(spread):
@@ -150,6 +162,12 @@ def _value_label(title: str) -> str:
     metric, _, images = title.partition(" on ")
     _, _, unit = images.partition(", ")
     return f"{metric} ({unit or '%'})"
+
+
+def _counted(sweep: SweepNumbers, title: str) -> str:
+    """Returns how many images, or pairs, the numbers of a table are of, such as "n = 3,925"."""
+    counts = sorted({int(n) for n in sweep.rows.loc[sweep.rows[TITLE] == title, "n"]})
+    return f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}"
 
 
 def _ticks(axis: Axes, positions: Sequence[float], values: Sequence[str]) -> None:
@@ -200,7 +218,7 @@ def _curves(sweep: SweepNumbers, tables: Tables) -> Figure:
             )
             for value in _controls(table, layer).values():
                 axis.axhline(value, linestyle=":", color=color)
-        axis.set_title(title)
+        axis.set_title(f"{title}, {_counted(sweep, title)}")
         _ticks(axis, positions, list(ours.index))
         axis.set_xlabel(axis_label(str(ours.index.name)))
         axis.set_ylabel(_value_label(title))

@@ -26,6 +26,7 @@ from relloc.tracking.record import RUN_FILE, RunRecord, Scalar
 
 # Columns of `SweepNumbers.rows` beside the settings and the fields of `Result`
 WEIGHTS, TITLE, COLUMN = "weights", "title", "across"
+EFFECT = "effect_"  # begins the names of what shortcuts bring, of which less is better
 Frame = Any  # a pandas DataFrame, whose types pyright can't follow
 _SEED = "seed"
 _RESULT_FIELDS = [field.name for field in dataclasses.fields(Result)]
@@ -514,7 +515,7 @@ def _cell(mean: float, std: float, count: float, *, is_best: bool) -> Cell | Non
         seeds = "one seed"
         spread = ""
     return Cell(
-        text=f"{mean:.1f}",
+        text=f"{mean:z.1f}",  # z: no minus sign before zero
         details=f"{mean:.4f}, {seeds}",
         spread=spread,
         is_best=is_best,

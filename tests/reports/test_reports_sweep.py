@@ -207,7 +207,7 @@ def test_maps_have_the_first_setting_across_and_the_other_up(
     assert axis.texts[0].get_text() == "10.5\n± 0.7"
     assert axis.get_title("left").split("\n") == [
         "linear/top1",
-        "on photos val",
+        "on photos val, n = 300",
         "feature4 (random 9.5)",
     ]
 
@@ -231,6 +231,9 @@ def test_tables_of_a_single_column_share_a_row(
         title = axis.get_title("left")
         if title and axis.get_visible():
             tops[title.split("\n")[0]] = axis.get_subplotspec().rowspan.start
+            # Bright is good, which of shortcuts is little
+            is_reversed = axis.images[0].get_cmap().name.endswith("_r")
+            assert is_reversed == title.startswith("shortcuts")
     assert len(tops) == 5
     of_linear = {row for name, row in tops.items() if name.startswith(("linear", "feature"))}
     of_shortcuts = {row for name, row in tops.items() if name.startswith("shortcuts")}
