@@ -147,10 +147,12 @@ def measured_by_us(parts: Sequence[EvalPart], run: EvalRun) -> Iterator[bool]:
         yield True
         return
     group = hash_lines(sorted(part.fingerprint for part in parts))
-    lock = locked_run_folder(run.reused_runs / _MEASURED_NOW, f"{group}.lock")
+    locks = run.reused_runs / _MEASURED_NOW
     with contextlib.ExitStack() as at_end:
+        # The folder stays while other groups are locked in it.
+        at_end.callback(_remove_if_empty, locks)
         try:
-            at_end.enter_context(lock)
+            at_end.enter_context(locked_run_folder(locks, f"{group}.lock"))
         except FolderIsTaken:
             yield False
             return
@@ -158,6 +160,11 @@ def measured_by_us(parts: Sequence[EvalPart], run: EvalRun) -> Iterator[bool]:
             # Other people's runs may be read-only: their results can be reused, and not locked.
             pass
         yield True
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _copies(rows: Sequence[Result], part: EvalPart, model: EvaluatedModel) -> list[Result]:

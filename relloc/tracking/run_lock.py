@@ -116,7 +116,10 @@ def _lock(path: Path, run_dir: Path) -> tuple[int, bool]:
     owner = None
     for _ in range(_ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # another process has just removed the empty folder
         try:
             is_locked, by_name = _try_lock(path, run_dir, descriptor)
         except BaseException:
