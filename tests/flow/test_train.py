@@ -282,7 +282,7 @@ def test_mistakes_end_in_one_message_before_anything_is_trained(relloc, tmp_path
         (["grid.gap_px=-1"], "grid.gap_px is -1"),
         (["data=in1k"], "set the environment variable RELLOC_IN1K"),
         (["data=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
-        (["data=folder", f"data.root={tmp_path / 'empty'}"], "0 images to train on"),
+        (["data=folder", f"data.root={tmp_path / 'empty'}"], "there is no image to train on"),
         (
             ["recipe.images_per_step=100000", "recipe.images_per_batch_norm=1000"],
             "recipe.images_per_step=6000",
