@@ -40,13 +40,13 @@ from relloc.runs.engine import Engine, resolve_engine
 from relloc.runs.evaluated_models import make_evaluated_model
 from relloc.runs.evaluating import (
     check_images,
-    evaluate_model,
     print_left_out,
     print_report,
 )
 from relloc.runs.folder import RunFolder, check_files, lock_folder, open_folder
 from relloc.runs.image_sizes import check_sizes
 from relloc.runs.invocation import Invocation
+from relloc.runs.measuring import evaluate_model
 from relloc.runs.naming import pretraining_name
 from relloc.runs.pretext_models import make_pretext_model
 from relloc.runs.pretext_rows import measure_pretext

@@ -272,7 +272,7 @@ def test_sigterm_while_evaluating_ends_at_once_and_the_same_command_goes_on(
         "eval=[linear_fast]",
     )
     line = (*line, "probe.linear.epochs=150")
-    hold = Hold(function="relloc.runs.evaluating:_save_part", least=1)
+    hold = Hold(function="relloc.runs.measuring:_save_part", least=1)
     command = start_training(tmp_path, *line, hold=hold)
     assert command.wait_for(lambda: "eval    linear" in command.text), command.text
     os.kill(command.pid, signal.SIGTERM)

@@ -32,8 +32,8 @@ from relloc.files import write_whole
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import Stopped, stop_request
 from relloc.results import Result, Score, read_results
-from relloc.runs.evaluating import ABOUT_FILE, evaluate_model
 from relloc.runs.folder import UNREADABLE_FILE, RunFolder
+from relloc.runs.measuring import ABOUT_FILE, evaluate_model
 from relloc.runs.reusing import EvalRun, state_file
 from relloc.tracking import list_artifacts_to_send, read_journal
 
@@ -311,7 +311,7 @@ def test_what_another_run_measures_now_is_awaited_and_all_else_measured_meanwhil
     def wait(seconds: float) -> None:
         raise Waited
 
-    monkeypatch.setattr("relloc.runs.evaluating.time.sleep", wait)
+    monkeypatch.setattr("relloc.runs.measuring.time.sleep", wait)
     both = {"spread": Spread(), "boxes": Boxes(epochs=2)}
     of_spread = Spread.run
 

@@ -27,7 +27,7 @@ from relloc.features.source import EncodeConfig
 from relloc.models.small import SmallBackbone
 from relloc.pretext.stopping import stop_request
 from relloc.results import Score, read_results
-from relloc.runs.evaluating import evaluate_model
+from relloc.runs.measuring import evaluate_model
 from relloc.runs.folder import RunFolder
 from relloc.runs.reusing import EvalRun
 
