@@ -2,15 +2,17 @@
 
 A `Cut` is what a view or a crop draws of an image's size alone, before any pixel is known. `apply`
 makes the square of one image by Pillow; `relloc.data.resampling` makes those of a batch on a
-device.
+device, from the cuts of all of its images as arrays (`BatchCuts`).
 """
 
 import dataclasses
 import math
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
+from jaxtyping import Bool, Float64, Int64
 from PIL import Image
 
 from relloc.geometry import Pair
@@ -20,6 +22,14 @@ T = TypeVar("T")
 # The major version of Pillow, and the first one that may resize columns before rows
 _PILLOW_VERSION = int(PIL.__version__.partition(".")[0])
 _FIRST_VERTICAL = 13
+
+# Types of the arrays of `BatchResampling` that do not hold whole numbers
+_TYPES: dict[str, Any] = {
+    "start": np.float64,
+    "scale": np.float64,
+    "reach": np.float64,
+    "is_vertical_first": np.bool_,
+}
 
 Box = tuple[float, float, float, float]  # (top, left, bottom, right), in pixels
 WholeBox = tuple[int, int, int, int]  # the same in whole pixels
@@ -100,6 +110,89 @@ class Cut:
 
     steps: tuple[Resampling, ...]
     mirrored: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchResampling:
+    """One `Resampling` of each image of a batch, as arrays with a row for each image.
+
+    The two columns are those of rows and of columns of an image. Numbers are in pixels.
+
+    Attributes:
+        start: where the box begins, counted from `within`.
+        scale: pixels of the box per pixel of the result.
+        reach: how far the filter reaches from the center of a pixel of the result.
+        length: how many pixels lie `within`.
+        first: the first pixel that the result depends on, counted from `within`.
+        offset: the same pixel, counted from the first one at hand.
+        needed: how many pixels the result depends on, from that one on.
+        size: the size of the result.
+        is_vertical_first: whether columns are resized before rows.
+    """
+
+    start: Float64[np.ndarray, "b 2"]
+    scale: Float64[np.ndarray, "b 2"]
+    reach: Float64[np.ndarray, "b 2"]
+    length: Int64[np.ndarray, "b 2"]
+    first: Int64[np.ndarray, "b 2"]
+    offset: Int64[np.ndarray, "b 2"]
+    needed: Int64[np.ndarray, "b 2"]
+    size: Int64[np.ndarray, "b 2"]
+    is_vertical_first: Bool[np.ndarray, "b"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchCuts:
+    """The cuts of the images of a batch, all of which are of one view.
+
+    So they have as many steps, and end in squares of one size.
+    """
+
+    steps: tuple[BatchResampling, ...]
+    mirrored: Bool[np.ndarray, "b"]
+
+    def at(self, places: Sequence[int]) -> "BatchCuts":
+        """Returns the cuts of some of the images."""
+        rows = np.array(places, dtype=np.int64)
+        steps = []
+        for step in self.steps:
+            arrays = {name: array[rows] for name, array in vars(step).items()}
+            steps.append(BatchResampling(**arrays))
+        return BatchCuts(steps=tuple(steps), mirrored=self.mirrored[rows])
+
+
+def batch_cuts(cuts: Sequence[Cut]) -> BatchCuts:
+    """Returns the cuts of a batch as arrays."""
+    steps = []
+    # Without images there are no steps.
+    for of_step in zip(*(cut.steps for cut in cuts), strict=True):
+        steps.append(_batch_resampling(of_step))
+    return BatchCuts(
+        steps=tuple(steps),
+        mirrored=np.array([cut.mirrored for cut in cuts], dtype=np.bool_),
+    )
+
+
+def _batch_resampling(steps: Sequence[Resampling]) -> BatchResampling:
+    columns: dict[str, list[Any]] = {
+        field.name: [] for field in dataclasses.fields(BatchResampling)
+    }
+    for step in steps:
+        needed = step.needed()
+        filters = [step.filter_of_axis(axis) for axis in (0, 1)]
+        columns["start"].append(step.box[:2])
+        columns["scale"].append([scale for scale, _ in filters])
+        columns["reach"].append([reach for _, reach in filters])
+        columns["length"].append([step.within[axis + 2] - step.within[axis] for axis in (0, 1)])
+        columns["first"].append([needed[axis] - step.within[axis] for axis in (0, 1)])
+        columns["offset"].append([needed[axis] - step.origin[axis] for axis in (0, 1)])
+        columns["needed"].append([needed[axis + 2] - needed[axis] for axis in (0, 1)])
+        columns["size"].append(step.size)
+        columns["is_vertical_first"].append(step.is_vertical_first)
+    arrays = {}
+    for name, column in columns.items():
+        arrays[name] = np.array(column, dtype=_TYPES.get(name, np.int64))
+    return BatchResampling(**arrays)
 
 
 def whole(height: int, width: int, size: Pair) -> Resampling:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import queue
+import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from relloc.data.cuts import Cut
+from relloc.data.cuts import Cut, batch_cuts, whole
 from relloc.data.handing_over import answer_with, memory_to_hand_over, own_memory, received
 from relloc.data.loader import ImageBatch, Sample
 from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
@@ -135,7 +136,8 @@ class BatchDecoder:
         self._n_failed = 0
         self._counting = threading.Lock()
         with self._own_stream():
-            self._check_device()
+            decoded = self._check_device()
+            self._check_resampling(decoded)
 
     def __call__(self, message: UndecodedMessage, content: Bytes) -> ImageBatch:
         with self._own_stream():
@@ -163,24 +165,25 @@ class BatchDecoder:
 
     def _batch(self, message: UndecodedMessage, content: Bytes) -> ImageBatch:
         images = self._images(message, content)
-        decoded: list[ImageTensor] = []
-        cuts: list[Cut] = []
+        decoded: dict[int, ImageTensor] = {}
         on_cpu: dict[int, Sample] = {}
         for place, (sent, image) in enumerate(zip(message.images, images, strict=True)):
             if image is None:
                 on_cpu[place] = self._samples[sent.key]
             else:
-                decoded.append(image)
-                cuts.append(sent.cut)
+                decoded[place] = image
         self._count(message, on_cpu)
 
         unreadable = dict(message.unreadable)
         if decoded and not on_cpu:
-            pixels = squares(decoded, cuts)
+            pixels = squares(list(decoded.values()), message.cuts)
             indices = [sent.index for sent in message.images]
         else:
             # What was decoded on the CPU takes its place in the order.
-            remaining = iter(squares(decoded, cuts) if decoded else ())
+            remaining: Iterator[Tensor] = iter(())
+            if decoded:
+                cuts = message.cuts.at(list(decoded))
+                remaining = iter(squares(list(decoded.values()), cuts))
             rows = []
             indices = []
             for place, sent in enumerate(message.images):
@@ -204,19 +207,21 @@ class BatchDecoder:
 
     def _images(self, message: UndecodedMessage, content: Bytes) -> list[ImageTensor | None]:
         """Returns all images upright on the device; None for those that it can't decode."""
-        sent_jpegs = [sent for sent in message.images if sent.pixels_size is None]
-        jpegs = [content[sent.start : sent.end] for sent in sent_jpegs]
-        decoded = iter(self._decoded(jpegs))
-        pixels = content[: message.n_pixel_bytes]
-        if self._device.type == "cuda" and len(pixels):
+        n_bytes_of_pixels = [sent.n_bytes for sent in message.images if sent.pixels_size]
+        n_bytes_of_jpegs = [sent.n_bytes for sent in message.images if not sent.pixels_size]
+        all_pixels = content[: message.n_pixel_bytes]
+        all_jpegs = content[message.n_pixel_bytes :]
+        if self._device.type == "cuda" and n_bytes_of_pixels:
             # From page-locked memory the copy runs beside other work.
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(self._device, non_blocking=True)
+            all_pixels = all_pixels.pin_memory()
+        all_pixels = all_pixels.to(self._device, non_blocking=True)
+        pixels = iter(all_pixels.split(n_bytes_of_pixels))
+        decoded = iter(self._decoded(list(all_jpegs.split(n_bytes_of_jpegs))))
 
         images: list[ImageTensor | None] = []
         for sent in message.images:
-            if sent.pixels_size is not None:
-                rows = pixels[sent.start : sent.end].view(*sent.pixels_size, 3)
+            if sent.pixels_size:
+                rows = next(pixels).view(*sent.pixels_size, 3)
                 images.append(rows.permute(2, 0, 1))
                 continue
             image = next(decoded)
@@ -261,20 +266,41 @@ class BatchDecoder:
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
 
-    def _check_device(self) -> None:
+    def _check_device(self) -> list[ImageTensor]:
         """Decodes a JPEG that is certainly whole.
 
         Raises:
             UsageError: the device can't do that.
         """
         try:
-            self._decoded_at_once([_whole_jpeg()])
+            return self._decoded_at_once([_whole_jpeg()])
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except RuntimeError as error:
             raise UsageError(
                 f"decode=device, but {self._device} can't decode JPEGs ({reason(error)}): give "
                 "decode=cpu, or install a torchvision that was built with nvJPEG"
+            ) from error
+
+    def _check_resampling(self, images: list[ImageTensor]) -> None:
+        """Makes squares of some images, for which a GPU's kernel is compiled.
+
+        Raises:
+            UsageError: it can't be compiled.
+        """
+        cuts = []
+        for image in images:
+            height, width = image.shape[1:]
+            cuts.append(Cut(steps=(whole(height, width, (8, 8)),)))
+        try:
+            if images:
+                squares(images, batch_cuts(cuts))
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+            raise UsageError(
+                f"decode=device needs a kernel that Triton can't compile here ({reason(error)}): "
+                "give decode=cpu, or install a C compiler and Python.h (the python3-dev package)"
             ) from error
 
     def _count(self, message: UndecodedMessage, on_cpu: Mapping[int, Sample]) -> None:

@@ -13,13 +13,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from relloc.data.cuts import Cut
+from relloc.data.cuts import BatchCuts, Cut, batch_cuts
 from relloc.data.images import Jpeg, Undecoded
 from relloc.data.loader import Reasons, Sample
 from relloc.geometry import Pair
 
 Bytes = UInt8[Tensor, "_n"]
 FlatArray = UInt8[np.ndarray, "_n"]
+PixelArray = UInt8[np.ndarray, "_h _w 3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class UndecodedSamples(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentImage:
-    """An image as it is sent: its bytes lie from `start` to before `end` of those of its batch.
+    """An image as it is sent: so many of the bytes of its batch.
 
     They are pixels of `pixels_size` (height, width). If that is None they are a JPEG, of
     `stored_size` and upright after `transposition` (see `Jpeg`). `key` is that of the sample.
@@ -54,9 +55,7 @@ class SentImage:
 
     key: Any
     index: int
-    cut: Cut
-    start: int
-    end: int
+    n_bytes: int
     pixels_size: Pair | None
     stored_size: Pair | None
     transposition: Image.Transpose | None
@@ -66,10 +65,12 @@ class SentImage:
 class UndecodedMessage:
     """What a worker process reports of a batch, beside its bytes.
 
-    Pixels come first, `n_pixel_bytes` of them, so that one copy takes all of them to a device.
+    Pixels come first, `n_pixel_bytes` of them, so that one copy takes all of them to a device; the
+    bytes of JPEGs follow. Both are in the order of `images`, as `cuts` are.
     """
 
     images: list[SentImage]
+    cuts: BatchCuts
     unreadable: Reasons
     n_pixel_bytes: int
 
@@ -85,62 +86,56 @@ def write_undecoded(
     """
     unreadable: Reasons = {}
     images: list[SentImage] = []
-    contents: list[FlatArray] = []
+    cuts: list[Cut] = []
+    pixels: list[FlatArray] = []
+    jpegs: list[FlatArray] = []
     for key in keys:
         sample = samples.undecoded(key)
         # Also of a sample with an image, which may stand for others that could not be read
         unreadable.update(sample.unreadable)
-        if sample.image is None or sample.cut is None:
+        image = sample.image
+        if image is None or sample.cut is None:
             continue
-        image, content = _sent(key, sample.index, sample.image, sample.cut)
-        images.append(image)
-        contents.append(content)
+        cut = sample.cut
+        pixels_size = stored_size = transposition = None
+        if isinstance(image, Jpeg):
+            content = np.frombuffer(image.content, dtype=np.uint8)
+            jpegs.append(content)
+            stored_size = image.stored_size
+            transposition = image.transposition
+        else:
+            part, cut = _needed_part(image, cut)
+            pixels_size = part.shape[:2]
+            content = part.reshape(-1)
+            pixels.append(content)
+        sent = SentImage(
+            key=key,
+            index=sample.index,
+            n_bytes=len(content),
+            pixels_size=pixels_size,
+            stored_size=stored_size,
+            transposition=transposition,
+        )
+        images.append(sent)
+        cuts.append(cut)
 
-    # Pixels first, then JPEGs
-    order = sorted(range(len(images)), key=lambda place: images[place].pixels_size is None)
-    n_bytes = sum(map(len, contents))
-    rows = memory((n_bytes,))
-    array = rows.numpy()
-    start = n_pixel_bytes = 0
-    for place in order:
-        end = start + len(contents[place])
-        array[start:end] = contents[place]
-        images[place] = dataclasses.replace(images[place], start=start, end=end)
-        if images[place].pixels_size is not None:
-            n_pixel_bytes = end
-        start = end
-    message = UndecodedMessage(images=images, unreadable=unreadable, n_pixel_bytes=n_pixel_bytes)
+    contents = [*pixels, *jpegs]
+    rows = memory((sum(map(len, contents)),))
+    if contents:
+        np.concatenate(contents, out=rows.numpy())
+    message = UndecodedMessage(
+        images=images,
+        cuts=batch_cuts(cuts),
+        unreadable=unreadable,
+        n_pixel_bytes=sum(map(len, pixels)),
+    )
     return message, rows
 
 
-def _sent(key: Any, index: int, image: Undecoded, cut: Cut) -> tuple[SentImage, FlatArray]:
-    """Returns an image as it is sent, not placed yet, and its bytes."""
-    if isinstance(image, Jpeg):
-        content = np.frombuffer(image.content, dtype=np.uint8)
-        sent = SentImage(
-            key=key,
-            index=index,
-            cut=cut,
-            start=0,
-            end=0,
-            pixels_size=None,
-            stored_size=image.stored_size,
-            transposition=image.transposition,
-        )
-        return sent, content
-    # Of pixels only those are sent that the square depends on.
+def _needed_part(image: PixelArray, cut: Cut) -> tuple[PixelArray, Cut]:
+    """Returns the pixels of an image that its square depends on, and the cut of these."""
     first_step, *more_steps = cut.steps
     top, left, bottom, right = first_step.needed()
-    pixels = image[top:bottom, left:right]
     first_step = dataclasses.replace(first_step, origin=(top, left))
-    sent = SentImage(
-        key=key,
-        index=index,
-        cut=dataclasses.replace(cut, steps=(first_step, *more_steps)),
-        start=0,
-        end=0,
-        pixels_size=(bottom - top, right - left),
-        stored_size=None,
-        transposition=None,
-    )
-    return sent, pixels.reshape(-1)
+    cut = dataclasses.replace(cut, steps=(first_step, *more_steps))
+    return image[top:bottom, left:right], cut

@@ -1,6 +1,9 @@
 """Squares cut on a device, against Pillow."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from relloc.data import resampling
-from relloc.data.cuts import Cut, Resampling, apply, square_of_resized
+from relloc.data.cuts import Cut, Resampling, apply, batch_cuts, square_of_resized
 from relloc.data.resampling import squares
 from relloc.data.views import Center, CutView, RandomCrop, RandomResized, Squash
 
@@ -34,16 +36,11 @@ def tensor(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=str)
-@pytest.mark.parametrize("most_values", [resampling._MOST_VALUES, 200_000])
-def test_squares_are_pillows_bit_for_bit(
-    view: CutView, most_values: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All in one group, and in several, of one image and more."""
-    monkeypatch.setattr(resampling, "_MOST_VALUES", most_values)
+def test_squares_are_pillows_bit_for_bit(view: CutView) -> None:
     rng = random.Random(0)
     images = [noise(*size) for size in SIZES]
     cuts = [view.cut(image.height, image.width, rng) for image in images]
-    found = squares([tensor(image) for image in images], cuts)
+    found = squares([tensor(image) for image in images], batch_cuts(cuts))
     assert found.shape == (len(SIZES), 3, 56, 56)
     assert found.is_contiguous(memory_format=torch.channels_last)
     for pixels, image, cut in zip(found, images, cuts, strict=True):
@@ -64,7 +61,7 @@ def test_a_square_of_a_resized_image_is_pillows(data: st.DataObject) -> None:
     )
     cut = Cut(steps=(square_of_resized(height, width, size, corner, side),))
     image = noise(height, width, seed=height)
-    [found] = squares([tensor(image)], [cut])
+    [found] = squares([tensor(image)], batch_cuts([cut]))
     assert torch.equal(found, tensor(apply(image, cut)))
 
 
@@ -81,14 +78,7 @@ def test_only_what_is_needed_is_read() -> None:
     assert np.array_equal(apply(Image.fromarray(image), Cut(steps=(step,))), expected)
 
 
-def test_factors_are_exact_in_11_bits() -> None:
-    """So TF32, to which GPUs may round the factors of products, changes nothing."""
-    step = Resampling(box=(0.3, 0, 90.7, 80), within=(0, 0, 100, 80), size=(37, 80))
-    part = resampling._needed_part(tensor(noise(100, 80)), step)
-    weights = resampling._weights([part], 0, part.size[0], torch.device("cpu"))
-    for part in weights:
-        mantissa, _ = torch.frexp(part)
-        scaled = mantissa * 2**11
-        assert torch.equal(scaled, scaled.round())
-    total = (weights.coarse.double() + weights.fine.double()).sum(dim=2)
-    assert total.sub(1).abs().max() < 1e-5
+def test_the_kernel_makes_the_same_squares() -> None:
+    """Interpreted on a CPU. On a GPU a test of `relloc.data.device_decoding` runs it."""
+    script = Path(__file__).with_name("interpreted_resampling.py")
+    subprocess.run([sys.executable, str(script)], check=True, timeout=300)

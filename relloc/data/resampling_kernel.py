@@ -1,0 +1,248 @@
+"""A GPU's kernel for `relloc.data.resampling`: it resizes an axis of all images of a batch at once.
+
+Images have different sizes and lie anywhere in memory, so that the kernel takes their addresses.
+Copying them into one padded tensor, and multiplying that with matrices of weights, took twice as
+long as decoding them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from relloc.data.cuts import BatchCuts, BatchResampling
+from relloc.data.resampling import (
+    WEIGHT_BITS,
+    Filters,
+    ImageTensor,
+    axis_filters,
+    taps,
+    to_device,
+)
+
+# Pixels of a result that one program computes: along the axis that is resized, and across it
+_BLOCK = (32, 64)
+_N_COLORS = 3
+# Columns of the table that tells the kernel about each image
+_TABLE = (
+    *("image", "source", "source_color", "source_along", "source_across"),
+    *("result", "result_color", "result_along", "result_across"),
+    *("n_along", "n_across", "n_new", "n_taps"),
+)
+
+
+class _Place:
+    """Where the pixels of each image of a batch lie: addresses, and steps between pixels in bytes.
+
+    `steps` are those from one color, row and column to the next.
+    """
+
+    def __init__(self, addresses: Int64[np.ndarray, "b"], steps: Int64[np.ndarray, "b 3"]) -> None:
+        self.addresses = addresses
+        self.steps = steps
+
+    def moved(self, pixels: Int64[np.ndarray, "b 2"]) -> "_Place":
+        """Returns the place that begins at another row and column."""
+        return _Place(self.addresses + (pixels * self.steps[:, 1:]).sum(axis=1), self.steps)
+
+
+def squares_by_kernel(images: Sequence[ImageTensor], cuts: BatchCuts) -> UInt8[Tensor, "b 3 s s"]:
+    """Returns what `relloc.data.resampling.squares` does.
+
+    Raises:
+        ImportError, OSError, RuntimeError: the kernel can't be compiled.
+    """
+    device = images[0].device
+    place = _Place(
+        np.array([image.data_ptr() for image in images], dtype=np.int64),
+        np.array([image.stride() for image in images], dtype=np.int64),
+    )
+    *first_steps, last_step = cuts.steps
+    # Memory of images between steps may be freed before kernels have run: what is allocated next on
+    # this stream is used after them.
+    for step in first_steps:
+        _memory, result = _planes(step.size, device)
+        _resample(place, step, result, device)
+        place = result
+    height, width = map(int, last_step.size[0])
+    batch = torch.empty(len(images), height, width, _N_COLORS, dtype=torch.uint8, device=device)
+    _resample(place, last_step, _channels_last(batch, cuts.mirrored), device)
+    return batch.permute(0, 3, 1, 2)
+
+
+def _planes(sizes: Int64[np.ndarray, "b 2"], device: torch.device) -> tuple[Tensor, _Place]:
+    """Returns memory for images of these sizes, one after another, and where each lies."""
+    n_bytes = _N_COLORS * sizes.prod(axis=1)
+    ends = n_bytes.cumsum()
+    memory = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
+    heights, widths = sizes.T
+    steps = np.stack([heights * widths, widths, np.ones_like(widths)], axis=1)
+    return memory, _Place(memory.data_ptr() + ends - n_bytes, steps)
+
+
+def _channels_last(batch: UInt8[Tensor, "b h w 3"], mirrored: np.ndarray) -> _Place:
+    """Returns where the images of a batch lie, of which some are written from right to left."""
+    n_images, height, width, _ = batch.shape
+    n_bytes = height * width * _N_COLORS
+    addresses = batch.data_ptr() + n_bytes * np.arange(n_images, dtype=np.int64)
+    steps = np.tile(np.array([1, width * _N_COLORS, _N_COLORS], dtype=np.int64), (n_images, 1))
+    addresses[mirrored] += (width - 1) * _N_COLORS
+    steps[mirrored, 2] *= -1
+    return _Place(addresses, steps)
+
+
+def _resample(source: _Place, step: BatchResampling, result: _Place, device: torch.device) -> None:
+    """Resamples all images of a batch, those whose columns come first after the others."""
+    filters = [axis_filters(step, axis, device) for axis in (0, 1)]
+    source = source.moved(step.offset)
+    for vertical_first in (False, True):
+        images = np.flatnonzero(step.is_vertical_first == vertical_first)
+        if not len(images):
+            continue
+        first, second = (0, 1) if vertical_first else (1, 0)
+        # Between both axes an image has the new size along the first alone.
+        sizes = step.needed.copy()
+        sizes[:, first] = step.size[:, first]
+        _memory, between = _planes(sizes, device)
+        tables = np.stack(
+            [
+                _table(step, first, source, between, step.needed)[images],
+                _table(step, second, between, result, sizes)[images],
+            ]
+        )
+        on_device = to_device(tables, device)
+        for axis, table, of_host in zip((first, second), on_device, tables, strict=True):
+            _launch(table, of_host, filters[axis], is_vertical=axis == 0)
+
+
+def _table(
+    step: BatchResampling,
+    axis: int,
+    source: _Place,
+    result: _Place,
+    sizes: Int64[np.ndarray, "b 2"],
+) -> Int64[np.ndarray, "b columns"]:
+    """Returns what the kernel has to know of each image, whose axis `axis` is resized.
+
+    `sizes` are those of the images before it.
+    """
+    other = 1 - axis
+    columns = {
+        "image": np.arange(len(sizes)),
+        "source": source.addresses,
+        "source_color": source.steps[:, 0],
+        "source_along": source.steps[:, 1 + axis],
+        "source_across": source.steps[:, 1 + other],
+        "result": result.addresses,
+        "result_color": result.steps[:, 0],
+        "result_along": result.steps[:, 1 + axis],
+        "result_across": result.steps[:, 1 + other],
+        "n_along": sizes[:, axis],
+        "n_across": sizes[:, other],
+        "n_new": step.size[:, axis],
+        "n_taps": taps(step, axis),
+    }
+    return np.stack([columns[name] for name in _TABLE], axis=1)
+
+
+def _launch(
+    table: Int64[Tensor, "b columns"],
+    of_host: Int64[np.ndarray, "b columns"],
+    filters: Filters,
+    *,
+    is_vertical: bool,
+) -> None:
+    """Resizes an axis of all images of a table, which `of_host` is a copy of."""
+    largest = dict(zip(_TABLE, of_host.max(axis=0).tolist(), strict=True))
+    along, across = _BLOCK
+    grid = (
+        len(of_host) * _N_COLORS,
+        triton.cdiv(largest["n_across"], across),
+        triton.cdiv(largest["n_new"], along),
+    )
+    _, most_taps, most_new = filters.weights.shape
+    # Typed as any function: pyright would ask for the constants' own type.
+    kernel: Any = _resize_axis
+    kernel[grid](
+        table,
+        filters.first,
+        filters.weights,
+        most_taps,
+        most_new,
+        IS_VERTICAL=is_vertical,
+        ALONG=along,
+        ACROSS=across,
+        COLORS=_N_COLORS,
+        COLUMNS=len(_TABLE),
+        BITS=WEIGHT_BITS,
+        HALF=2 ** (WEIGHT_BITS - 1),
+    )
+
+
+@triton.jit
+def _resize_axis(
+    table,
+    firsts,
+    weights,
+    most_taps,
+    most_new,
+    IS_VERTICAL: tl.constexpr,
+    ALONG: tl.constexpr,
+    ACROSS: tl.constexpr,
+    COLORS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Computes a block of pixels of one color of an image, ALONG x ACROSS.
+
+    Programs are numbered by row of the table and color, block across the axis, and block along it.
+    """
+    row = table + tl.program_id(0) // COLORS * COLUMNS
+    color = tl.program_id(0) % COLORS
+    image = tl.load(row)
+    source = tl.load(row + 1) + color * tl.load(row + 2)
+    source_along = tl.load(row + 3)
+    source_across = tl.load(row + 4)
+    result = tl.load(row + 5) + color * tl.load(row + 6)
+    result_along = tl.load(row + 7)
+    result_across = tl.load(row + 8)
+    n_along = tl.load(row + 9)
+    n_across = tl.load(row + 10)
+    n_new = tl.load(row + 11)
+    n_taps = tl.load(row + 12)
+
+    across = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
+    along = tl.program_id(2) * ALONG + tl.arange(0, ALONG)
+    # Neighboring threads take neighboring columns of an image, whichever axis these are.
+    if IS_VERTICAL:
+        across = across[None, :]
+        along = along[:, None]
+    else:
+        across = across[:, None]
+        along = along[None, :]
+    is_new = along < n_new
+    is_inside = is_new & (across < n_across)
+    first = tl.load(firsts + image * most_new + along, mask=is_new, other=0)
+    weight_of_tap = weights + image * most_taps * most_new + along
+    line = source + across * source_across
+    # With a half, so that sums are rounded and not cut off
+    total = (along + across) * 0 + HALF
+    # No `for`, whose bounds Triton's interpreter can't take from memory
+    tap = n_taps
+    while tap > 0:
+        tap -= 1
+        weight = tl.load(weight_of_tap + tap * most_new, mask=is_new, other=0)
+        pixel = first + tap
+        address = (line + pixel * source_along).to(tl.pointer_type(tl.uint8))
+        value = tl.load(address, mask=is_inside & (pixel < n_along), other=0)
+        total += weight * value.to(tl.int32)
+
+    written = result + along * result_along + across * result_across
+    address = written.to(tl.pointer_type(tl.uint8))
+    tl.store(address, (total >> BITS).to(tl.uint8), mask=is_inside)
