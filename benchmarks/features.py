@@ -25,8 +25,8 @@ from relloc.data.image_set import ImageSet
 from relloc.data.images import SUFFIXES
 from relloc.data.shards import shards
 from relloc.data.views import Center
-from relloc.features.pool import pooled_layers
-from relloc.features.source import EncodeConfig
+from relloc.features.source import EncodeConfig, encode
+from relloc.models.fused_resnet import fused_if_possible
 from relloc.models.resnet import ResNetBackbone
 from relloc.results import LAYERS
 from relloc.runs import build, engine
@@ -40,7 +40,8 @@ Encode = Callable[[Tensor], dict[str, Tensor]]
 
 def main() -> None:
     options = _options()
-    how = engine.resolve_engine(_config(options.overrides).engine)
+    config = _config(options.overrides)
+    how = engine.resolve_engine(config.engine)
     on_gpu = how.device.type == "cuda"
     size = options.images or (256 if on_gpu else 8)
     calls = options.calls or (20 if on_gpu else 1)
@@ -50,13 +51,14 @@ def main() -> None:
         device=how.device,
         precision=how.precision,
         unreadable_share=1.0,
+        decode=config.decode,
     )
     backbone = ResNetBackbone(depth=50).eval()
     how.place(backbone)
     pixels = torch.randint(
         256, (size, CROP_PX, CROP_PX, 3), dtype=torch.uint8, device=how.device
     ).permute(0, 3, 1, 2)
-    six, one = (_encode(how, reading, backbone, layers) for layers in (LAYERS, ("avgpool",)))
+    six, one = (_encode(how, backbone, layers) for layers in (LAYERS, ("avgpool",)))
     sides = {
         "forward alone": _forward(how, reading.to_device(pixels)),
         "features, six layers": lambda: six(pixels),
@@ -113,18 +115,14 @@ def _forward(how: engine.Engine, images: Tensor) -> Callable[[], object]:
     return forward
 
 
-def _encode(
-    how: engine.Engine, reading: EncodeConfig, backbone: ResNetBackbone, layers: tuple[str, ...]
-) -> Encode:
+def _encode(how: engine.Engine, backbone: ResNetBackbone, layers: tuple[str, ...]) -> Encode:
     """What `LiveFeatures` does with a batch, as one function."""
 
-    def encode(pixels: Tensor) -> dict[str, Tensor]:
-        images = reading.to_device(pixels)
-        with torch.autocast(how.device.type, torch.bfloat16, enabled=how.bf16):
-            return pooled_layers(backbone, images, layers)
-
+    network = fused_if_possible(backbone) if how.fuses else backbone
     compiled = how.compile(encode)
-    return lambda pixels: compiled(pixels.to(how.device, non_blocking=True))
+    return lambda pixels: compiled(
+        network, pixels.to(how.device, non_blocking=True), layers, how.bf16
+    )
 
 
 def _from_files(reading: EncodeConfig, encode: Encode, options: argparse.Namespace) -> float:

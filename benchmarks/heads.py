@@ -29,10 +29,10 @@ from relloc.errors import UsageError
 from relloc.evals.heads import HeadSettings, Sgd
 from relloc.evals.linear import Linear
 from relloc.evals.training import HeadTraining, draw_held_back
-from relloc.features.pool import layer_channels, layer_dims, pooled_layers
-from relloc.features.source import FeatureBatch, LiveFeatures
+from relloc.features.pool import layer_channels, layer_dims
+from relloc.features.source import FeatureBatch, LiveFeatures, encode
 from relloc.models.backbone import STAGES, Backbone
-from relloc.patches.normalize import ByDataset
+from relloc.models.fused_resnet import fused_if_possible
 from relloc.runs import build, engine
 from relloc.runs.command_settings import Evaluating
 from relloc.runs.settings import conf_dir
@@ -44,7 +44,8 @@ class Resident:
     """A `FeatureSource` of one batch of random images on the device, encoded again each time."""
 
     def __init__(self, backbone: Backbone, options: argparse.Namespace, how: engine.Engine) -> None:
-        self.backbone = backbone.eval()
+        backbone = backbone.eval()
+        self.network = fused_if_possible(backbone) if how.fuses else backbone
         self.bf16 = how.bf16
         self.n = options.steps * options.batch
         self.n_classes = options.classes
@@ -55,11 +56,7 @@ class Resident:
             0, 3, 1, 2
         )
         self.labels = torch.randint(options.classes, (options.batch,), device=how.device)
-        self.encode = how.compile(self._encode)
-
-    def _encode(self, pixels: Tensor, layers: tuple[str, ...]) -> dict[str, Tensor]:
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            return pooled_layers(self.backbone, ByDataset()(pixels.float()), layers)
+        self.encode = how.compile(encode)
 
     def batches(
         self, indices: Tensor, size: int, layers: Sequence[str], epoch: int = 0, epochs: int = 1
@@ -67,7 +64,7 @@ class Resident:
         for chosen in indices.split(size):
             with torch.no_grad():
                 yield (
-                    self.encode(self.pixels[: len(chosen)], tuple(layers)),
+                    self.encode(self.network, self.pixels[: len(chosen)], tuple(layers), self.bf16),
                     self.labels[: len(chosen)],
                 )
 

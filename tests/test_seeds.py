@@ -13,7 +13,7 @@ import relloc
 from relloc.data.views import RandomResized
 from relloc.evals.training import draw_held_back
 from relloc.features.augment import JitterAndLighting
-from relloc.seeds import Use, seed_for
+from relloc.seeds import Use, seed_for, seeds_for
 
 # Where a seed is taken as it is given, with the reason.
 AS_GIVEN = {
@@ -58,19 +58,27 @@ def test_no_two_uses_share_a_seed() -> None:
     assert len(set(seeds)) == len(Use) * len(numbers)
 
 
+def test_seeds_of_many_numbers_are_those_of_each() -> None:
+    for first in ([], [3], [3, 0]):
+        found = seeds_for(Use.AUGMENTED_VIEW, *first, last=[0, 7, 12345])
+        assert found == [seed_for(Use.AUGMENTED_VIEW, *first, n) for n in (0, 7, 12345)]
+
+
 @pytest.mark.parametrize("color", ["brightness", "contrast", "saturation"])
 def test_the_colors_of_a_training_view_do_not_depend_on_its_box(color: str) -> None:
     crop, jitter = RandomResized(crop_px=32), JitterAndLighting()
     at = ["brightness", "contrast", "saturation"].index(color)
-    areas, factors = [], []
+    areas = []
     for image in range(4000):
         box = crop.box(300, 400, random.Random(seed_for(Use.AUGMENTED_VIEW, 0, 0, image)))
         areas.append((box[2] - box[0]) * (box[3] - box[1]))
-        factors.append(jitter.draw(seed_for(Use.AUGMENTED_COLOR, 0, 0, image))[at])
+    cpu = torch.device("cpu")
+    seeds = seeds_for(Use.AUGMENTED_COLOR, 0, 0, last=range(4000))
+    factors = jitter.draw(seeds, cpu)[:, at]
     assert abs(np.corrcoef(areas, factors)[0, 1]) < 4 / np.sqrt(
         4000
     )  # four standard deviations if independent
-    shared = [jitter.draw(seed_for(Use.AUGMENTED_VIEW, 0, 0, image))[0] for image in range(4000)]
+    shared = jitter.draw(seeds_for(Use.AUGMENTED_VIEW, 0, 0, last=range(4000)), cpu)[:, 0]
     assert np.corrcoef(areas, shared)[0, 1] > 0.4  # as one seed for both gives
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from relloc import checks
 
 UnitRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 1
+DrawnColors = Float[Tensor, "b 9"]  # all random numbers of each image
 ImageNumbers = Float[Tensor, "b 3"]  # three random numbers, or shifts, of each image
 
 _LUMA = (
@@ -22,6 +23,7 @@ _LUMA = (
     0.587,
     0.114,
 )  # weights of red, green, blue: torchvision's rgb_to_grayscale
+_N_DRAWN = 9
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
 # Principal components of ImageNet's RGB values in 0..1, for AlexNet's lighting noise: eigenvalues,
@@ -76,22 +78,37 @@ class JitterAndLighting:
 
     def __call__(self, images: UnitRangeImages, seeds: Sequence[int]) -> UnitRangeImages:
         """Returns the images, each changed by its seed; lighting may leave the range 0..1."""
-        numbers = [self.draw(seed) for seed in seeds]
-        drawn = _copy_to_device(numbers, like=images)
-        factors, orders, normals = drawn.split(3, dim=1)
+        return self.change(images, self.draw(seeds, images.device))
+
+    def change(self, images: UnitRangeImages, drawn: DrawnColors) -> UnitRangeImages:
+        """Returns the images changed by what `draw` returned for their seeds."""
+        factors, orders, normals = drawn.to(images.dtype).split(3, dim=1)
         # Images have different orders, so each pass applies to each image the change that is next.
         for changes in orders.unbind(dim=1):
             images = _apply_change(images, changes.long(), factors)
         shifts = _lighting_shift(normals)
         return images + shifts[:, :, None, None]
 
-    def draw(self, seed: int) -> list[float]:
+    def draw(self, seeds: Sequence[int], device: torch.device) -> DrawnColors:
+        """Returns the random numbers of images on a device, each drawn by its seed."""
+        # One generator for all, which is seeded anew for each: to make one takes as long.
+        rng = random.Random()
+        rows = []
+        for seed in seeds:
+            rng.seed(seed)
+            rows.append(self._draw_row(rng))
+        drawn = torch.tensor(rows).reshape(len(rows), _N_DRAWN)
+        if device.type == "cuda":
+            # Without page-locked memory the host waits for everything that is queued on the GPU.
+            drawn = drawn.pin_memory()
+        return drawn.to(device, non_blocking=True)
+
+    def _draw_row(self, rng: random.Random) -> list[float]:
         """Returns the nine random numbers of an image.
 
         Three factors (brightness, contrast, saturation), the order of these changes as three
         indices, and three normal numbers for lighting.
         """
-        rng = random.Random(seed)
         factors = []
         for strength in (self.brightness, self.contrast, self.saturation):
             factor = rng.uniform(1 - strength, 1 + strength)
@@ -99,19 +116,6 @@ class JitterAndLighting:
         order = rng.choice(_ORDERS)
         normals = [rng.gauss(0, self.lighting) for _ in _EIGENVALUES]
         return [*factors, *order, *normals]
-
-
-def _copy_to_device(
-    rows: list[list[float]],
-    like: Tensor,
-) -> Float[Tensor, "b columns"]:
-    """Returns the rows as a tensor with the type and the device of `like`."""
-    table = torch.tensor(rows, dtype=like.dtype)
-    table = table.reshape(len(rows), -1)
-    if like.device.type == "cuda":
-        # Without page-locked memory the host waits for everything that is queued on the GPU.
-        table = table.pin_memory()
-    return table.to(like.device, non_blocking=True)
 
 
 def _apply_change(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, pad
 
 from relloc.models.backbone import STAGES, Backbone
+from relloc.models.fused_resnet import FusedResNet
 from relloc.results import LAYERS
 
 FeatureMaps = Float[Tensor, "b c h w"]
@@ -61,7 +62,7 @@ def pool_stage(
 
 
 def pooled_layers(
-    backbone: Backbone,
+    backbone: Backbone | FusedResNet,
     images: Float[Tensor, "b 3 h w"],
     layers: tuple[str, ...],
 ) -> dict[str, PooledFeatures]:

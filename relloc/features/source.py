@@ -22,23 +22,34 @@ from relloc.errors import DataError, UsageError
 from relloc.features.augment import UnitRangeImages
 from relloc.features.pool import layer_channels, layer_dims, pooled_layers
 from relloc.models.backbone import Backbone
+from relloc.models.fused_resnet import FusedResNet, fused_if_possible
 from relloc.patches.normalize import ByDataset
 from relloc.results import decoder_name
-from relloc.seeds import Use, seed_for
+from relloc.seeds import Use, seeds_for
 from relloc.terminal import quantity
 
 T = TypeVar("T")
-ByteRangeImages = Float[Tensor, "b 3 s s"]  # RGB values from 0 to 255, as floating-point numbers
 NormalizedImages = Float[Tensor, "b 3 s s"]  # what networks take: ImageNet's mean 0, deviation 1
 Features = dict[str, Float[Tensor, "b _d"]]  # by layer
 FeatureBatch = tuple[Features, Int[Tensor, "b *classes"]]  # features, and labels
-# Changes the colors of a batch at random, by one seed for each image.
-ColorAugmentation = Callable[[UnitRangeImages, Sequence[int]], UnitRangeImages]
-EncodeFunction = Callable[[Backbone, ByteRangeImages, tuple[str, ...], bool], Features]
+EncodeFunction = Callable[..., Features]  # called as `encode` is
 SeededIndex = tuple[int, int]  # index of an image, and seed of its random view
 
 _BYTES_PER_FEATURE = 4  # float32
 _GIB = 2**30
+
+
+@runtime_checkable
+class ColorAugmentation(Protocol):
+    """Changes the colors of a batch at random, by one seed for each image."""
+
+    def draw(self, seeds: Sequence[int], device: torch.device, /) -> Tensor:
+        """Returns the random numbers of images, on a device."""
+        ...
+
+    def change(self, images: UnitRangeImages, drawn: Tensor, /) -> UnitRangeImages:
+        """Returns the images changed by these numbers."""
+        ...
 
 
 @runtime_checkable
@@ -49,17 +60,28 @@ class ProgressBar(Protocol):
 
 
 def encode(
-    backbone: Backbone,
-    images: ByteRangeImages,
+    backbone: Backbone | FusedResNet,
+    pixels: UInt8[Tensor, "b 3 s s"],
     layers: tuple[str, ...],
     bf16: bool,
+    color: ColorAugmentation | None = None,
+    drawn: Tensor | None = None,
 ) -> Features:
-    """Returns pooled features of images with values from 0 to 255.
+    """Returns pooled features of images.
 
-    Images are normalized, encoded in bfloat16 if `bf16`, and pooled in float32.
+    Colors are changed by `color` and the random numbers `drawn`, if there are any. Then images are
+    normalized, encoded in bfloat16 if `bf16`, and pooled in float32.
     """
+    images = pixels.float()
+    if color is not None and drawn is not None:
+        # Colors are changed before the normalization, as published, on values from 0 to 1.
+        images = 255 * color.change(images / 255, drawn)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return pooled_layers(backbone, ByDataset()(images), layers)
+        normalized = ByDataset()(images)
+        if bf16:
+            # Convolutions would round their input anyway, in a kernel of its own.
+            normalized = normalized.bfloat16()
+        return pooled_layers(backbone, normalized, layers)
 
 
 def no_progress(batches: Iterable[T], _what: str, _total: int) -> Iterable[T]:
@@ -135,6 +157,7 @@ class EncodeConfig:
         progress: shows how far reading has come.
         encode: the function `encode`, or what a compiler made of it. It is used for full batches
             only, as each other size would be compiled anew.
+        fuses: whether frozen ResNets compute as a `FusedResNet`, for GPUs in bfloat16.
         compile: compiles a function of tensors of one size, or returns it as it is. Trainings use
             it for full batches.
         stopping: returns whether the run was asked to stop, for waits within a step.
@@ -153,6 +176,7 @@ class EncodeConfig:
     share_setting: str = "data.unreadable_share"
     progress: ProgressBar = no_progress
     encode: EncodeFunction = encode
+    fuses: bool = False
     compile: Callable[[Any], Any] = _not_compiled
     stopping: Callable[[], bool] = never
     note_unreadable: Callable[[dict[str, str]], None] = _note_nothing
@@ -327,6 +351,10 @@ class LiveFeatures:
         """
         # Batch norm has to use its running statistics, whatever the caller did before.
         self.backbone.eval()
+        backbone: Backbone | FusedResNet = self.backbone
+        # Made anew for each pass over the images: weights may have changed meanwhile.
+        if self.encode_config.fuses:
+            backbone = fused_if_possible(backbone)
         batches = indices.split(size)
         # A generator, so that seeds are computed as batches are read, not all of an epoch at first.
         keys = (self._keys(batch, epoch) for batch in batches)
@@ -344,39 +372,39 @@ class LiveFeatures:
         for views in read:
             # A batch may be empty, as no image of it could be read.
             if len(views.pixels):
-                yield self._encode(views, size, layers, epoch), views
+                yield self._encode(backbone, views, size, layers, epoch), views
 
     def _keys(self, indices: Int[Tensor, "m"], epoch: int) -> list[SeededIndex]:
         """Returns each image with the seed of its view, which depends on image and epoch alone."""
-        keys = []
-        for index in indices.tolist():
-            view_seed = seed_for(Use.AUGMENTED_VIEW, self.seed, epoch, index)
-            keys.append((index, view_seed))
-        return keys
+        images = indices.tolist()
+        seeds = seeds_for(Use.AUGMENTED_VIEW, self.seed, epoch, last=images)
+        return list(zip(images, seeds, strict=True))
 
     @torch.no_grad()
     def _encode(
         self,
+        backbone: Backbone | FusedResNet,
         views: ImageBatch,
         size: int,
         layers: Sequence[str],
         epoch: int,
     ) -> Features:
         device = self.encode_config.device
-        images = views.pixels.to(device, non_blocking=True).float()
+        pixels = views.pixels.to(device, non_blocking=True)
+        drawn = None
         if self.color:
-            # Colors are changed before the normalization, as published, on values from 0 to 1.
-            color_seeds = []
-            for index in views.indices.tolist():
-                color_seeds.append(seed_for(Use.AUGMENTED_COLOR, self.seed, epoch, index))
-            images = 255 * self.color(images / 255, color_seeds)
+            images = views.indices.tolist()
+            seeds = seeds_for(Use.AUGMENTED_COLOR, self.seed, epoch, last=images)
+            drawn = self.color.draw(seeds, device)
         # A compiled function serves one size, and would be compiled anew for another.
-        encode_images = self.encode_config.encode if len(images) == size else encode
+        encode_images = self.encode_config.encode if len(pixels) == size else encode
         return encode_images(
-            self.backbone,
-            images,
+            backbone,
+            pixels,
             tuple(layers),
             self.encode_config.bf16,
+            self.color,
+            drawn,
         )
 
 

@@ -94,6 +94,14 @@ class Engine:
         """True if forwards run in bfloat16."""
         return self.precision == "bf16"
 
+    @property
+    def fuses(self) -> bool:
+        """True if frozen ResNets compute convolution, batch norm and ReLU at once.
+
+        That is a part of compiling, which rounds otherwise, and less, in bfloat16.
+        """
+        return self.compiled and self.bf16
+
     def place(self, model: torch.nn.Module) -> None:
         """Moves a model to the device, with its weights in this engine's memory format."""
         model.to(self.device, memory_format=_MEMORY_FORMATS[self.memory_format])  # pyright: ignore[reportCallIssue] - an overload torch lacks

@@ -139,6 +139,7 @@ class RunSettings:
             unreadable_share=self.data.unreadable_share,
             decode=self.decode,
             encode=engine.compile(encode),
+            fuses=engine.fuses,
             compile=engine.compile_training,
         )
         # Several processes would draw their bars over each other.

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,17 +309,21 @@ def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
 ) -> None:
     given: list[tuple[float, list[int]]] = []
 
-    def black(pixels: Tensor, seeds: list[int]) -> Tensor:
-        given.append((float(pixels.max()), list(seeds)))
-        return torch.zeros_like(pixels)
+    class Black:
+        def draw(self, seeds: Sequence[int], device: torch.device) -> Tensor:
+            return torch.tensor(seeds, device=device)
+
+        def change(self, images: Tensor, drawn: Tensor) -> Tensor:
+            given.append((float(images.max()), drawn.tolist()))
+            return torch.zeros_like(images)
 
     images = write_images(tmp_path, 4)
-    source = LiveFeatures(backbone, images, reading(), VIEW, color=black, seed=5)
+    source = LiveFeatures(backbone, images, reading(), VIEW, color=Black(), seed=5)
     asked = (([0, 1, 2, 3], 0), ([3, 2], 1))
     found = [next(source.batches(torch.tensor(order), 4, LAYERS, epoch)) for order, epoch in asked]
     assert all(0.9 < largest <= 1 for largest, _ in given)
     assert given[0][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 0, index) for index in range(4)]
     assert given[1][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 1, index) for index in (3, 2)]
     with torch.no_grad():
-        of_black = encode(backbone, torch.zeros(4, 3, PX, PX), LAYERS, False)
+        of_black = encode(backbone, torch.zeros(4, 3, PX, PX, dtype=torch.uint8), LAYERS, False)
     assert_same_features(found[0][0], of_black)
