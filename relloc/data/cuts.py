@@ -140,6 +140,10 @@ class BatchResampling:
     size: Int64[np.ndarray, "b 2"]
     is_vertical_first: Bool[np.ndarray, "b"]
 
+    def taps(self) -> Int64[np.ndarray, "b 2"]:
+        """Returns the most pixels that the filter reaches around one pixel of the result."""
+        return (2 * self.reach).astype(np.int64) + 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchCuts:

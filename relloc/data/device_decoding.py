@@ -28,7 +28,6 @@ from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.resampling import ImageTensor, squares
 from relloc.data.undecoded import (
     Bytes,
-    SentImage,
     UndecodedMessage,
     UndecodedSamples,
     write_undecoded,
@@ -167,9 +166,9 @@ class BatchDecoder:
         images = self._images(message, content)
         decoded: dict[int, ImageTensor] = {}
         on_cpu: dict[int, Sample] = {}
-        for place, (sent, image) in enumerate(zip(message.images, images, strict=True)):
+        for place, image in enumerate(images):
             if image is None:
-                on_cpu[place] = self._samples[sent.key]
+                on_cpu[place] = self._samples[message.keys[place]]
             else:
                 decoded[place] = image
         self._count(message, on_cpu)
@@ -177,7 +176,7 @@ class BatchDecoder:
         unreadable = dict(message.unreadable)
         if decoded and not on_cpu:
             pixels = squares(list(decoded.values()), message.cuts)
-            indices = [sent.index for sent in message.images]
+            indices = message.indices
         else:
             # What was decoded on the CPU takes its place in the order.
             remaining: Iterator[Tensor] = iter(())
@@ -186,11 +185,11 @@ class BatchDecoder:
                 remaining = iter(squares(list(decoded.values()), cuts))
             rows = []
             indices = []
-            for place, sent in enumerate(message.images):
+            for place, index in enumerate(message.indices):
                 sample = on_cpu.get(place)
                 if sample is None:
                     rows.append(next(remaining))
-                    indices.append(sent.index)
+                    indices.append(index)
                     continue
                 unreadable.update(sample.unreadable)
                 if sample.pixels is not None:
@@ -207,10 +206,12 @@ class BatchDecoder:
 
     def _images(self, message: UndecodedMessage, content: Bytes) -> list[ImageTensor | None]:
         """Returns all images upright on the device; None for those that it can't decode."""
-        n_bytes_of_pixels = [sent.n_bytes for sent in message.images if sent.pixels_size]
-        n_bytes_of_jpegs = [sent.n_bytes for sent in message.images if not sent.pixels_size]
-        all_pixels = content[: message.n_pixel_bytes]
-        all_jpegs = content[message.n_pixel_bytes :]
+        n_bytes_of_pixels = []
+        n_bytes_of_jpegs = []
+        for n_bytes, pixels_size in zip(message.n_bytes, message.pixels_sizes, strict=True):
+            of_kind = n_bytes_of_pixels if pixels_size else n_bytes_of_jpegs
+            of_kind.append(n_bytes)
+        all_pixels, all_jpegs = content.split([sum(n_bytes_of_pixels), sum(n_bytes_of_jpegs)])
         if self._device.type == "cuda" and n_bytes_of_pixels:
             # From page-locked memory the copy runs beside other work.
             all_pixels = all_pixels.pin_memory()
@@ -219,17 +220,19 @@ class BatchDecoder:
         decoded = iter(self._decoded(list(all_jpegs.split(n_bytes_of_jpegs))))
 
         images: list[ImageTensor | None] = []
-        for sent in message.images:
-            if sent.pixels_size:
-                rows = next(pixels).view(*sent.pixels_size, 3)
+        for pixels_size, stored_size, transposition in zip(
+            message.pixels_sizes, message.stored_sizes, message.transpositions, strict=True
+        ):
+            if pixels_size:
+                rows = next(pixels).view(*pixels_size, 3)
                 images.append(rows.permute(2, 0, 1))
                 continue
             image = next(decoded)
             # A decoder that understands a file otherwise than its header was read has failed.
-            if image is None or image.shape[1:] != sent.stored_size:
+            if image is None or image.shape[1:] != stored_size:
                 images.append(None)
             else:
-                images.append(_upright(image, sent))
+                images.append(_upright(image, transposition))
         return images
 
     def _decoded(self, jpegs: list[Bytes]) -> Sequence[ImageTensor | None]:
@@ -312,11 +315,11 @@ class BatchDecoder:
         failed = []
         for place, sample in on_cpu.items():
             # Another index is that of an image that replaces one which can't be read at all.
-            if sample.pixels is not None and sample.index == message.images[place].index:
+            if sample.pixels is not None and sample.index == message.indices[place]:
                 failed.append(sample.index)
         # Two threads make batches.
         with self._counting:
-            self._n_jpegs += sum(sent.pixels_size is None for sent in message.images)
+            self._n_jpegs += message.pixels_sizes.count(None)
             self._n_failed += len(failed)
             self._note_failed(failed)
             n_jpegs, n_all_failed = self._n_jpegs, self._n_failed
@@ -353,11 +356,11 @@ def _whole_jpeg() -> Bytes:
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
-def _upright(image: ImageTensor, sent: SentImage) -> ImageTensor:
+def _upright(image: ImageTensor, transposition: Image.Transpose | None) -> ImageTensor:
     """Returns an image turned upright, as Pillow's `transpose` does."""
-    if sent.transposition is None:
+    if transposition is None:
         return image
-    swaps_axes, mirrored_axes = _TURNED[sent.transposition]
+    swaps_axes, mirrored_axes = _TURNED[transposition]
     turned = image.mT if swaps_axes else image
     return turned.flip(mirrored_axes)
 

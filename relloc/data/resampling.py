@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from relloc.data.cuts import BatchCuts, BatchResampling
@@ -26,13 +26,13 @@ _ROWS, _COLUMNS = 0, 1
 class Filters(NamedTuple):
     """How much each pixel of an axis counts in each pixel of the result, of a batch of images.
 
-    Pixel x of the result of an image is the sum over t of `weights[image, t, x]` times pixel
-    `first[image, x] + t`, divided by 2^22. Pixels are counted from the first that is needed. Those
-    beyond the last one have weight 0.
+    Pixel x of the result of an image is the sum over t of `weights[axis, image, t, x]` times pixel
+    `first[axis, image, x] + t`, divided by 2^22. Pixels are counted from the first that is needed.
+    Those beyond the last one have weight 0.
     """
 
-    first: Int32[Tensor, "b n_new"]
-    weights: Int32[Tensor, "b taps n_new"]
+    first: Int32[Tensor, "2 b n_new"]
+    weights: Int32[Tensor, "2 b taps n_new"]
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def squares(images: Sequence[ImageTensor], cuts: BatchCuts) -> UInt8[Tensor, "b 
         return squares_by_kernel(images, cuts)
     resampled = list(images)
     for step in cuts.steps:
-        filters = [axis_filters(step, axis, device) for axis in (_ROWS, _COLUMNS)]
+        filters = filters_of(step, device)
         for place, image in enumerate(resampled):
             resampled[place] = _resampled(image, step, filters, place)
     rows = torch.stack([image.permute(1, 2, 0) for image in resampled])
@@ -61,46 +61,33 @@ def squares(images: Sequence[ImageTensor], cuts: BatchCuts) -> UInt8[Tensor, "b 
     return rows.permute(0, 3, 1, 2)
 
 
-def axis_filters(step: BatchResampling, axis: int, device: torch.device) -> Filters:
-    """Returns the filters of an axis, as precompute_coeffs of Pillow's Resample.c makes them."""
-    facts = np.stack(
-        [
-            step.start[:, axis],
-            step.scale[:, axis],
-            step.reach[:, axis],
-            step.length[:, axis],
-            step.first[:, axis],
-            step.size[:, axis],
-        ],
-        axis=1,
-    )
+def filters_of(step: BatchResampling, device: torch.device) -> Filters:
+    """Returns the filters of both axes, as precompute_coeffs of Pillow's Resample.c makes them."""
+    columns = [step.start, step.scale, step.reach, step.length, step.first, step.size]
+    facts = np.stack([column.T for column in columns])  # (6 2 b)
     # One copy takes them to the device. In float64 and in the order of Pillow's operations: rounded
     # to 22 bits, weights are then the same.
     on_device = to_device(facts, device)
-    start, scale, reach, length, before, n_new = on_device[:, :, None, None].unbind(1)
+    start, scale, reach, length, before, n_new = on_device[..., None, None].unbind()
 
-    # Where the center of each new pixel lies (b 1 n_new), and the pixels around it that the filter
-    # may reach (b taps n_new), counted from the first that is needed. Those that may be read begin
-    # `before` pixels earlier.
-    new_pixels = torch.arange(int(step.size[:, axis].max()), device=device)
+    # Where the center of each new pixel lies (2 b 1 n_new), and the pixels around it that the
+    # filter may reach (2 b taps n_new), counted from the first that is needed. Those that may be
+    # read begin `before` pixels earlier.
+    new_pixels = torch.arange(int(step.size.max()), device=device)
     centers = start + (new_pixels + 0.5) * scale
     first = ((centers - reach).floor() - before).clamp(min=0)
-    n_taps = int(taps(step, axis).max())
+    n_taps = int(step.taps().max())
     pixels = first + torch.arange(n_taps, device=device)[:, None] + before
 
     # A triangle around the center. At a border, the pixels that are there count more.
     weights = (1 - ((pixels - centers + 0.5) * (1 / reach)).abs()).clamp(min=0)
     weights = weights * ((pixels < length) & (new_pixels < n_new))
-    sums = weights.sum(dim=1, keepdim=True)
+    sums = weights.sum(dim=2, keepdim=True)
     weights = weights / sums.where(sums > 0, 1.0)
     # Rounded as Pillow does
     weights = (weights * 2**WEIGHT_BITS + 0.5).floor().int()
-    return Filters(first=first[:, 0].int(), weights=weights)
-
-
-def taps(step: BatchResampling, axis: int) -> Int64[np.ndarray, "b"]:
-    """Returns how many pixels the filter of each image may reach."""
-    return (2 * step.reach[:, axis]).astype(np.int64) + 2
+    # The kernel counts on this order in memory.
+    return Filters(first=first[:, :, 0].int().contiguous(), weights=weights.contiguous())
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -112,7 +99,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _resampled(
-    image: ImageTensor, step: BatchResampling, filters: Sequence[Filters], place: int
+    image: ImageTensor, step: BatchResampling, filters: Filters, place: int
 ) -> ImageTensor:
     """Returns the image at `place` of a batch resampled on a CPU."""
     for axis in (_ROWS, _COLUMNS):
@@ -120,8 +107,8 @@ def _resampled(
     axes = (_ROWS, _COLUMNS) if step.is_vertical_first[place] else (_COLUMNS, _ROWS)
     for axis in axes:
         n_new = int(step.size[place, axis])
-        first = filters[axis].first[place, :n_new]
-        weights = filters[axis].weights[place, :, :n_new]
+        first = filters.first[axis, place, :n_new]
+        weights = filters.weights[axis, place, :, :n_new]
         # Along the axis that is resized last: (3, other axis, pixels)
         lines = image if axis == _COLUMNS else image.mT
         places = first + torch.arange(len(weights))[:, None]

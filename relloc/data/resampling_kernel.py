@@ -16,14 +16,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from relloc.data.cuts import BatchCuts, BatchResampling
-from relloc.data.resampling import (
-    WEIGHT_BITS,
-    Filters,
-    ImageTensor,
-    axis_filters,
-    taps,
-    to_device,
-)
+from relloc.data.resampling import WEIGHT_BITS, Filters, ImageTensor, filters_of, to_device
 
 # Pixels of a result that one program computes: along the axis that is resized, and across it
 _BLOCK = (32, 64)
@@ -98,7 +91,7 @@ def _channels_last(batch: UInt8[Tensor, "b h w 3"], mirrored: np.ndarray) -> _Pl
 
 def _resample(source: _Place, step: BatchResampling, result: _Place, device: torch.device) -> None:
     """Resamples all images of a batch, those whose columns come first after the others."""
-    filters = [axis_filters(step, axis, device) for axis in (0, 1)]
+    filters = filters_of(step, device)
     source = source.moved(step.offset)
     for vertical_first in (False, True):
         images = np.flatnonzero(step.is_vertical_first == vertical_first)
@@ -117,7 +110,7 @@ def _resample(source: _Place, step: BatchResampling, result: _Place, device: tor
         )
         on_device = to_device(tables, device)
         for axis, table, of_host in zip((first, second), on_device, tables, strict=True):
-            _launch(table, of_host, filters[axis], is_vertical=axis == 0)
+            _launch(table, of_host, filters, axis)
 
 
 def _table(
@@ -145,7 +138,7 @@ def _table(
         "n_along": sizes[:, axis],
         "n_across": sizes[:, other],
         "n_new": step.size[:, axis],
-        "n_taps": taps(step, axis),
+        "n_taps": step.taps()[:, axis],
     }
     return np.stack([columns[name] for name in _TABLE], axis=1)
 
@@ -154,30 +147,28 @@ def _launch(
     table: Int64[Tensor, "b columns"],
     of_host: Int64[np.ndarray, "b columns"],
     filters: Filters,
-    *,
-    is_vertical: bool,
+    axis: int,
 ) -> None:
     """Resizes an axis of all images of a table, which `of_host` is a copy of."""
     largest = dict(zip(_TABLE, of_host.max(axis=0).tolist(), strict=True))
     along, across = _BLOCK
     grid = (
-        len(of_host) * _N_COLORS,
+        len(of_host),
         triton.cdiv(largest["n_across"], across),
         triton.cdiv(largest["n_new"], along),
     )
-    _, most_taps, most_new = filters.weights.shape
+    _, _, most_taps, most_new = filters.weights.shape
     # Typed as any function: pyright would ask for the constants' own type.
     kernel: Any = _resize_axis
     kernel[grid](
         table,
-        filters.first,
-        filters.weights,
+        filters.first[axis],
+        filters.weights[axis],
         most_taps,
         most_new,
-        IS_VERTICAL=is_vertical,
+        IS_VERTICAL=axis == 0,
         ALONG=along,
         ACROSS=across,
-        COLORS=_N_COLORS,
         COLUMNS=len(_TABLE),
         BITS=WEIGHT_BITS,
         HALF=2 ** (WEIGHT_BITS - 1),
@@ -185,7 +176,7 @@ def _launch(
 
 
 @triton.jit
-def _resize_axis(
+def _resize_axis(  # noqa: PLR0915 - a loop over colors would keep them in memory
     table,
     firsts,
     weights,
@@ -194,28 +185,29 @@ def _resize_axis(
     IS_VERTICAL: tl.constexpr,
     ALONG: tl.constexpr,
     ACROSS: tl.constexpr,
-    COLORS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Computes a block of pixels of one color of an image, ALONG x ACROSS.
+    """Computes a block of pixels of an image, ALONG x ACROSS.
 
-    Programs are numbered by row of the table and color, block across the axis, and block along it.
+    Programs are numbered by row of the table, block across the axis, and block along it.
     """
-    row = table + tl.program_id(0) // COLORS * COLUMNS
-    color = tl.program_id(0) % COLORS
+    row = table + tl.program_id(0) * COLUMNS
     image = tl.load(row)
-    source = tl.load(row + 1) + color * tl.load(row + 2)
-    source_along = tl.load(row + 3)
-    source_across = tl.load(row + 4)
-    result = tl.load(row + 5) + color * tl.load(row + 6)
-    result_along = tl.load(row + 7)
-    result_across = tl.load(row + 8)
-    n_along = tl.load(row + 9)
-    n_across = tl.load(row + 10)
-    n_new = tl.load(row + 11)
-    n_taps = tl.load(row + 12)
+    source = tl.load(row + 1)
+    source_color = tl.load(row + 2)
+    # Within an image 32 bits are enough, and faster.
+    source_along = tl.load(row + 3).to(tl.int32)
+    source_across = tl.load(row + 4).to(tl.int32)
+    result = tl.load(row + 5)
+    result_color = tl.load(row + 6)
+    result_along = tl.load(row + 7).to(tl.int32)
+    result_across = tl.load(row + 8).to(tl.int32)
+    n_along = tl.load(row + 9).to(tl.int32)
+    n_across = tl.load(row + 10).to(tl.int32)
+    n_new = tl.load(row + 11).to(tl.int32)
+    n_taps = tl.load(row + 12).to(tl.int32)
 
     across = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
     along = tl.program_id(2) * ALONG + tl.arange(0, ALONG)
@@ -230,19 +222,30 @@ def _resize_axis(
     is_inside = is_new & (across < n_across)
     first = tl.load(firsts + image * most_new + along, mask=is_new, other=0)
     weight_of_tap = weights + image * most_taps * most_new + along
-    line = source + across * source_across
-    # With a half, so that sums are rounded and not cut off
-    total = (along + across) * 0 + HALF
+    line = across * source_across
+    # Sums begin with a half, so that they are rounded and not cut off.
+    red = (along + across) * 0 + HALF
+    green = red
+    blue = red
     # No `for`, whose bounds Triton's interpreter can't take from memory
     tap = n_taps
     while tap > 0:
         tap -= 1
         weight = tl.load(weight_of_tap + tap * most_new, mask=is_new, other=0)
         pixel = first + tap
-        address = (line + pixel * source_along).to(tl.pointer_type(tl.uint8))
-        value = tl.load(address, mask=is_inside & (pixel < n_along), other=0)
-        total += weight * value.to(tl.int32)
+        is_there = is_inside & (pixel < n_along)
+        address = source + (line + pixel * source_along)
+        pointer = address.to(tl.pointer_type(tl.uint8))
+        red += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
+        pointer = (address + source_color).to(tl.pointer_type(tl.uint8))
+        green += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
+        pointer = (address + 2 * source_color).to(tl.pointer_type(tl.uint8))
+        blue += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
 
-    written = result + along * result_along + across * result_across
-    address = written.to(tl.pointer_type(tl.uint8))
-    tl.store(address, (total >> BITS).to(tl.uint8), mask=is_inside)
+    address = result + (along * result_along + across * result_across)
+    pointer = address.to(tl.pointer_type(tl.uint8))
+    tl.store(pointer, (red >> BITS).to(tl.uint8), mask=is_inside)
+    pointer = (address + result_color).to(tl.pointer_type(tl.uint8))
+    tl.store(pointer, (green >> BITS).to(tl.uint8), mask=is_inside)
+    pointer = (address + 2 * result_color).to(tl.pointer_type(tl.uint8))
+    tl.store(pointer, (blue >> BITS).to(tl.uint8), mask=is_inside)

@@ -23,6 +23,13 @@ FlatArray = UInt8[np.ndarray, "_n"]
 PixelArray = UInt8[np.ndarray, "_h _w 3"]
 
 
+# Lists of `UndecodedMessage`, in the order in which they are written
+_COLUMNS = (
+    *("keys", "indices", "n_bytes"),
+    *("pixels_sizes", "stored_sizes", "transpositions"),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UndecodedSample:
     """Image `index` before it is decoded, or None if it can't be used, and how to cut a square.
@@ -46,33 +53,32 @@ class UndecodedSamples(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SentImage:
-    """An image as it is sent: so many of the bytes of its batch.
-
-    They are pixels of `pixels_size` (height, width). If that is None they are a JPEG, of
-    `stored_size` and upright after `transposition` (see `Jpeg`). `key` is that of the sample.
-    """
-
-    key: Any
-    index: int
-    n_bytes: int
-    pixels_size: Pair | None
-    stored_size: Pair | None
-    transposition: Image.Transpose | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class UndecodedMessage:
     """What a worker process reports of a batch, beside its bytes.
 
-    Pixels come first, `n_pixel_bytes` of them, so that one copy takes all of them to a device; the
-    bytes of JPEGs follow. Both are in the order of `images`, as `cuts` are.
+    Bytes of pixels come first, so that one copy takes all of them to a device, and then those of
+    JPEGs. All lists have an entry for each image, in the order of the batch. They are of plain
+    numbers, which the training process reads many times faster than objects.
+
+    Attributes:
+        keys: the keys of the samples.
+        indices: the numbers of the images.
+        n_bytes: how many bytes were sent.
+        pixels_sizes: height and width of pixels; None for a JPEG.
+        stored_sizes: height and width of a JPEG as it is stored; None for pixels.
+        transpositions: what turns the stored JPEG upright (see `Jpeg`), if anything has to.
+        cuts: how the squares are cut.
+        unreadable: why images can't be used, by their names.
     """
 
-    images: list[SentImage]
+    keys: list[Any]
+    indices: list[int]
+    n_bytes: list[int]
+    pixels_sizes: list[Pair | None]
+    stored_sizes: list[Pair | None]
+    transpositions: list[Image.Transpose | None]
     cuts: BatchCuts
     unreadable: Reasons
-    n_pixel_bytes: int
 
 
 def write_undecoded(
@@ -85,7 +91,7 @@ def write_undecoded(
     Returns the message about the batch, and the memory.
     """
     unreadable: Reasons = {}
-    images: list[SentImage] = []
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     cuts: list[Cut] = []
     pixels: list[FlatArray] = []
     jpegs: list[FlatArray] = []
@@ -108,27 +114,16 @@ def write_undecoded(
             pixels_size = part.shape[:2]
             content = part.reshape(-1)
             pixels.append(content)
-        sent = SentImage(
-            key=key,
-            index=sample.index,
-            n_bytes=len(content),
-            pixels_size=pixels_size,
-            stored_size=stored_size,
-            transposition=transposition,
-        )
-        images.append(sent)
+        row = (key, sample.index, len(content), pixels_size, stored_size, transposition)
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
         cuts.append(cut)
 
     contents = [*pixels, *jpegs]
     rows = memory((sum(map(len, contents)),))
     if contents:
         np.concatenate(contents, out=rows.numpy())
-    message = UndecodedMessage(
-        images=images,
-        cuts=batch_cuts(cuts),
-        unreadable=unreadable,
-        n_pixel_bytes=sum(map(len, pixels)),
-    )
+    message = UndecodedMessage(**columns, cuts=batch_cuts(cuts), unreadable=unreadable)
     return message, rows
 
 

@@ -6,7 +6,7 @@ it has the result at hand, and rounds to 16 bits once where these take turns.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from torchvision.models.resnet import Bottleneck
 
 from relloc.models.backbone import STAGES, Backbone
 from relloc.models.resnet import ResNetBackbone
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Tensor cores take channels by eights.
 _ALIGNED_CHANNELS = 8
@@ -39,6 +41,15 @@ class _Block(NamedTuple):
     shortcut: _Convolution | None
 
 
+def _not_compiled(function: F) -> F:
+    """Marks a function before and behind which torch.compile compiles, but not itself.
+
+    It does not know cuDNN's functions.
+    """
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
+
 class FusedResNet:
     """The forward of a ResNet in evaluation mode, with its weights and statistics of now.
 
@@ -56,23 +67,27 @@ class FusedResNet:
             self._stages.append([_block(block, dtype) for block in stage])
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Tensor]:
-        return self._forward(images)  # pyright: ignore - typed as the decorator
-
-    # torch.compile compiles what comes before and behind it, as it does not know cuDNN's functions.
-    @torch.compiler.disable
-    @torch.no_grad()
-    def _forward(self, images: Tensor) -> Any:
-        # Everything is in `dtype` already, and torch must not round to another one.
-        with torch.autocast(images.device.type, enabled=False):
-            x = images.to(self._dtype, memory_format=torch.channels_last)
-            x = _with_relu(x, self._stem)
-            maps = [x]
-            x = self._pool(x)
-            for blocks in self._stages:
-                for block in blocks:
-                    x = _residual(x, block)
-                maps.append(x)
+        feature1 = self._stem_map(images)
+        # Of all that is between the convolutions, a compiler can take the pooling alone.
+        pooled = self._pool(feature1)
+        maps = [feature1, *self._stage_maps(pooled)]
         return dict(zip(STAGES, maps, strict=True))
+
+    @_not_compiled
+    @torch.no_grad()
+    def _stem_map(self, images: Tensor) -> Tensor:
+        x = images.to(self._dtype, memory_format=torch.channels_last)
+        return _with_relu(x, self._stem)
+
+    @_not_compiled
+    @torch.no_grad()
+    def _stage_maps(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for blocks in self._stages:
+            for block in blocks:
+                x = _residual(x, block)
+            maps.append(x)
+        return maps
 
 
 def fused_if_possible(backbone: Backbone) -> Backbone | FusedResNet:
