@@ -179,8 +179,8 @@ class Monitors:
         features_of_batches = []
         for pixels in views.pixels.split(config.batch):
             # Bytes are moved, a quarter of the size of floats.
-            images = pixels.to(config.device, non_blocking=True).float()
-            features = encode(self.model.backbone, images, LAYERS, config.bf16)
+            on_device = pixels.to(config.device, non_blocking=True)
+            features = encode(self.model.backbone, on_device, LAYERS, config.bf16)
             features_of_batches.append(features)
         return {
             layer: torch.cat([features[layer] for features in features_of_batches])
