@@ -13,6 +13,7 @@ with ghost batch norm are traced and differentiated in each process.
 
 import os
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -74,12 +75,17 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="where the first steps are taken")
     parser.add_argument(
+        "--cache", type=Path, help="a new folder that compiled code of --compiled is left in"
+    )
+    parser.add_argument(
         "overrides", nargs="*", help="settings of the trainings, such as model=resnet50"
     )
     options = parser.parse_args()
     words = [f"device={options.device}", *options.overrides]
     if options.compiled:
-        rows = _compiled_rows(words, options.rounds)
+        if options.cache and options.cache.exists():
+            parser.error(f"--cache {options.cache} is there already: the first start would be warm")
+        rows = _compiled_rows(words, options.rounds, options.cache)
         tell("start-up, compiled", rows, {}, options.json, settings=vars(options))
         return
 
@@ -144,10 +150,13 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _compiled_rows(words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """First and tenth steps of compiled trainings, each round with an empty cache at first."""
+def _compiled_rows(words: Sequence[str], rounds: int, kept: Path | None) -> list[dict[str, Any]]:
+    """First and tenth steps of compiled trainings, each round with an empty cache at first.
+
+    What the last round compiled is copied to the folder `kept`.
+    """
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in COMPILED}
-    for _ in range(rounds):
+    for round_number in range(rounds):
         with tempfile.TemporaryDirectory(prefix="relloc_compiled_") as cache:
             for number, (name, (grid, variables)) in enumerate(COMPILED.items()):
                 environment = {"TORCHINDUCTOR_CACHE_DIR": cache} | NO_CHECK | variables
@@ -155,6 +164,8 @@ def _compiled_rows(words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
                 taken[name].append(
                     _steps_s(10, "compile=true", grid, seed, *words, environment=environment)
                 )
+            if kept and round_number == rounds - 1:
+                shutil.copytree(cache, kept)
     return [
         {
             "what": f"compiled, {name}",

@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from relloc.data.cuts import Cut, batch_cuts, whole
 from relloc.data.handing_over import answer_with, memory_to_hand_over, own_memory, received
-from relloc.data.loader import ImageBatch, Sample
+from relloc.data.loader import ImageBatch, Sample, as_tensor
 from relloc.data.readers import Answer, ReadingProcesses, look_ahead, never
 from relloc.data.resampling import ImageTensor, squares
 from relloc.data.undecoded import (
@@ -177,6 +177,7 @@ class BatchDecoder:
         if decoded and not on_cpu:
             pixels = squares(list(decoded.values()), message.cuts)
             indices = message.indices
+            drawn = message.drawn
         else:
             # What was decoded on the CPU takes its place in the order.
             remaining: Iterator[Tensor] = iter(())
@@ -185,23 +186,28 @@ class BatchDecoder:
                 remaining = iter(squares(list(decoded.values()), cuts))
             rows = []
             indices = []
+            kept = []
             for place, index in enumerate(message.indices):
                 sample = on_cpu.get(place)
                 if sample is None:
                     rows.append(next(remaining))
                     indices.append(index)
+                    kept.append(place)
                     continue
                 unreadable.update(sample.unreadable)
                 if sample.pixels is not None:
+                    kept.append(place)
                     row = torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1)
                     rows.append(row.to(self._device))
                     indices.append(sample.index)
             pixels = _stacked(rows, self._device)
+            drawn = None if message.drawn is None else message.drawn[kept]
         return ImageBatch(
             # This copies only what was stacked here.
             pixels=pixels.contiguous(memory_format=torch.channels_last),
             indices=torch.tensor(indices, dtype=torch.int64),
             unreadable=unreadable,
+            drawn=as_tensor(drawn),
         )
 
     def _images(self, message: UndecodedMessage, content: Bytes) -> list[ImageTensor | None]:

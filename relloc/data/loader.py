@@ -6,12 +6,12 @@ over for each batch. `relloc.data.slots` is the faster variant that pretraining 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,30 +23,35 @@ from relloc.terminal import quantity
 # Why images can't be used, by their names.
 Reasons = dict[str, str]
 Rows = UInt8[Tensor, "b s s 3"]
+DrawnNumbers = Float32[np.ndarray, "b n"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """The pixels of image `index`, or None if the image can't be used.
 
-    `unreadable` gives the reasons by the names of the images that could not be read.
+    `unreadable` gives the reasons by the names of the images that could not be read. `drawn` are
+    random numbers that belong to the sample, if it has any.
     """
 
     index: int
     pixels: UInt8[np.ndarray, "s s 3"] | None
     unreadable: Reasons = dataclasses.field(default_factory=dict)
+    drawn: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBatch:
     """A batch of images: the samples that have pixels, and why others have none.
 
-    Pixels lie in memory with channels last, as decoders write them.
+    Pixels lie in memory with channels last, as decoders write them. `drawn` are random numbers of
+    each sample, where samples have any.
     """
 
     pixels: UInt8[Tensor, "b 3 s s"]
     indices: Int[Tensor, "b"]
     unreadable: Reasons
+    drawn: Float[Tensor, "b n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class BatchMessage:
     indices: list[int]
     unreadable: Reasons
     shape: Shape
+    drawn: DrawnNumbers = None
 
     # The pixels are no field: they travel in shared memory, where the system has it.
     def batch(self, rows: Rows, *, pin: bool = False) -> ImageBatch:
@@ -66,7 +72,12 @@ class BatchMessage:
         # pin_memory makes a copy, which `relloc.data.slots` avoids.
         if pin:
             pixels = pixels.pin_memory()
-        return ImageBatch(pixels=pixels, indices=indices, unreadable=self.unreadable)
+        return ImageBatch(
+            pixels=pixels,
+            indices=indices,
+            unreadable=self.unreadable,
+            drawn=as_tensor(self.drawn),
+        )
 
 
 def write_samples(
@@ -79,6 +90,7 @@ def write_samples(
     """
     indices: list[int] = []
     pictures: list[UInt8[np.ndarray, "s s 3"]] = []
+    drawn: list[Sequence[float] | None] = []
     unreadable: Reasons = {}
     for sample in samples:
         # Also of a sample with pixels, which may stand for others that could not be read
@@ -86,6 +98,7 @@ def write_samples(
         if sample.pixels is not None:
             indices.append(sample.index)
             pictures.append(sample.pixels)
+            drawn.append(sample.drawn)
     # All pictures have one size, as one tensor holds them.
     side = len(pictures[0]) if pictures else 0
     shape = (len(pictures), side, side, 3)
@@ -97,8 +110,21 @@ def write_samples(
         indices=indices,
         unreadable=unreadable,
         shape=shape,
+        drawn=as_array(drawn),
     )
     return message, rows
+
+
+def as_array(drawn: Sequence[Sequence[float] | None]) -> DrawnNumbers:
+    """Returns the random numbers of samples as they are sent; None if the samples have none."""
+    if not drawn or drawn[0] is None:
+        return None
+    return np.array(drawn, dtype=np.float32)
+
+
+def as_tensor(drawn: DrawnNumbers) -> Float[Tensor, "b n"] | None:
+    """Returns random numbers that were sent."""
+    return None if drawn is None else torch.from_numpy(drawn)
 
 
 def collate(samples: list[Sample], *, pin: bool = False) -> ImageBatch:

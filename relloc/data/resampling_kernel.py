@@ -6,7 +6,7 @@ long as decoding them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from relloc.data.cuts import BatchCuts, BatchResampling
 from relloc.data.resampling import WEIGHT_BITS, Filters, ImageTensor, filters_of, to_device
 
 # Pixels of a result that one program computes: along the axis that is resized, and across it
-_BLOCK = (32, 64)
+_BLOCK = (16, 64)
+# Pixels of an image whose values are asked for at once, as each takes long to come
+_TAPS_AT_ONCE = 4
 _N_COLORS = 3
 # Columns of the table that tells the kernel about each image
 _TABLE = (
@@ -170,12 +172,14 @@ def _launch(
         ALONG=along,
         ACROSS=across,
         COLUMNS=len(_TABLE),
+        AT_ONCE=_TAPS_AT_ONCE,
         BITS=WEIGHT_BITS,
         HALF=2 ** (WEIGHT_BITS - 1),
     )
 
 
 @triton.jit
+@no_type_check
 def _resize_axis(  # noqa: PLR0915 - a loop over colors would keep them in memory
     table,
     firsts,
@@ -186,6 +190,7 @@ def _resize_axis(  # noqa: PLR0915 - a loop over colors would keep them in memor
     ALONG: tl.constexpr,
     ACROSS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BITS: tl.constexpr,
     HALF: tl.constexpr,
 ):
@@ -228,19 +233,22 @@ def _resize_axis(  # noqa: PLR0915 - a loop over colors would keep them in memor
     green = red
     blue = red
     # No `for`, whose bounds Triton's interpreter can't take from memory
-    tap = n_taps
-    while tap > 0:
-        tap -= 1
-        weight = tl.load(weight_of_tap + tap * most_new, mask=is_new, other=0)
-        pixel = first + tap
-        is_there = is_inside & (pixel < n_along)
-        address = source + (line + pixel * source_along)
-        pointer = address.to(tl.pointer_type(tl.uint8))
-        red += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
-        pointer = (address + source_color).to(tl.pointer_type(tl.uint8))
-        green += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
-        pointer = (address + 2 * source_color).to(tl.pointer_type(tl.uint8))
-        blue += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
+    left = n_taps
+    while left > 0:
+        left -= AT_ONCE
+        for number in tl.static_range(AT_ONCE):
+            tap = left + number
+            has_weight = is_new & (tap >= 0)
+            weight = tl.load(weight_of_tap + tap * most_new, mask=has_weight, other=0)
+            pixel = first + tap
+            is_there = is_inside & (tap >= 0) & (pixel < n_along)
+            address = source + (line + pixel * source_along)
+            pointer = address.to(tl.pointer_type(tl.uint8))
+            red += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
+            pointer = (address + source_color).to(tl.pointer_type(tl.uint8))
+            green += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
+            pointer = (address + 2 * source_color).to(tl.pointer_type(tl.uint8))
+            blue += weight * tl.load(pointer, mask=is_there, other=0).to(tl.int32)
 
     address = result + (along * result_along + across * result_across)
     pointer = address.to(tl.pointer_type(tl.uint8))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relloc.data.cuts import BatchCuts, Cut, batch_cuts
 from relloc.data.images import Jpeg, Undecoded
-from relloc.data.loader import Reasons, Sample
+from relloc.data.loader import DrawnNumbers, Reasons, Sample, as_array
 from relloc.geometry import Pair
 
 Bytes = UInt8[Tensor, "_n"]
@@ -34,13 +34,15 @@ _COLUMNS = (
 class UndecodedSample:
     """Image `index` before it is decoded, or None if it can't be used, and how to cut a square.
 
-    `unreadable` gives the reasons by the names of the images that could not be read.
+    `unreadable` gives the reasons by the names of the images that could not be read. `drawn` are
+    random numbers that belong to the sample, if it has any.
     """
 
     index: int
     image: Undecoded | None
     cut: Cut | None = None
     unreadable: Reasons = dataclasses.field(default_factory=dict)
+    drawn: Sequence[float] | None = None
 
 
 @runtime_checkable
@@ -69,6 +71,7 @@ class UndecodedMessage:
         transpositions: what turns the stored JPEG upright (see `Jpeg`), if anything has to.
         cuts: how the squares are cut.
         unreadable: why images can't be used, by their names.
+        drawn: random numbers of the samples, if they have any.
     """
 
     keys: list[Any]
@@ -79,6 +82,7 @@ class UndecodedMessage:
     transpositions: list[Image.Transpose | None]
     cuts: BatchCuts
     unreadable: Reasons
+    drawn: DrawnNumbers
 
 
 def write_undecoded(
@@ -93,6 +97,7 @@ def write_undecoded(
     unreadable: Reasons = {}
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     cuts: list[Cut] = []
+    drawn: list[Sequence[float] | None] = []
     pixels: list[FlatArray] = []
     jpegs: list[FlatArray] = []
     for key in keys:
@@ -118,12 +123,15 @@ def write_undecoded(
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
         cuts.append(cut)
+        drawn.append(sample.drawn)
 
     contents = [*pixels, *jpegs]
     rows = memory((sum(map(len, contents)),))
     if contents:
         np.concatenate(contents, out=rows.numpy())
-    message = UndecodedMessage(**columns, cuts=batch_cuts(cuts), unreadable=unreadable)
+    message = UndecodedMessage(
+        **columns, cuts=batch_cuts(cuts), unreadable=unreadable, drawn=as_array(drawn)
+    )
     return message, rows
 
 

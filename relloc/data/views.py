@@ -7,7 +7,7 @@
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -290,6 +290,9 @@ class Views(Dataset[Sample]):
     A key is (index, seed): the same key returns the same view in any worker, process or epoch. The
     sample of an image that can't be read has no pixels; `Sample.unreadable` gives the reason.
 
+    With `draw`, a key has a second seed behind these, and samples have the random numbers that
+    `draw` returns for it. They are drawn here since worker processes have time for it.
+
     Example:
         >>> views = Views(images, Center(short_px=256, crop_px=224))
         >>> views[3, 0].pixels.shape
@@ -298,13 +301,14 @@ class Views(Dataset[Sample]):
 
     images: ImageSet
     view: View
+    draw: Callable[[int], Sequence[float]] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
         # The seed travels with the key, so that workers need no state of their own.
-        index, seed = key
+        index, seed, *seeds_to_draw = key
         try:
             image = self.images.read(index)
         except UnreadableImage as error:
@@ -313,11 +317,12 @@ class Views(Dataset[Sample]):
             return Sample(index=index, pixels=None, unreadable=reasons)
         # A generator of its own for each sample, so that no other sample changes this one.
         rng = random.Random(seed)
-        return Sample(index=index, pixels=self.view(image, rng))
+        pixels = self.view(image, rng)
+        return Sample(index=index, pixels=pixels, drawn=self._drawn(seeds_to_draw))
 
-    def undecoded(self, key: tuple[int, int]) -> UndecodedSample:
+    def undecoded(self, key: tuple[int, ...]) -> UndecodedSample:
         """Returns the sample of a key before it is decoded; the view has to be a `CutView`."""
-        index, seed = key
+        index, seed, *seeds_to_draw = key
         try:
             image = read_undecoded(self.images, index)
         except UnreadableImage as error:
@@ -326,7 +331,14 @@ class Views(Dataset[Sample]):
         height, width = size_of(image)
         view = cast(CutView, self.view)
         cut = view.cut(height, width, random.Random(seed))
-        return UndecodedSample(index=index, image=image, cut=cut)
+        return UndecodedSample(index=index, image=image, cut=cut, drawn=self._drawn(seeds_to_draw))
+
+    def _drawn(self, seeds: Sequence[int]) -> Sequence[float] | None:
+        """Returns the random numbers of a sample: those of its only seed, or None for none."""
+        if not self.draw:
+            return None
+        [seed] = seeds
+        return self.draw(seed)
 
     def _reasons(self, index: int, error: UnreadableImage) -> Reasons:
         name = self.images.source(index)

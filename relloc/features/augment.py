@@ -23,7 +23,6 @@ _LUMA = (
     0.587,
     0.114,
 )  # weights of red, green, blue: torchvision's rgb_to_grayscale
-_N_DRAWN = 9
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _ORDERS = tuple(itertools.permutations((_BRIGHTNESS, _CONTRAST, _SATURATION)))
 # Principal components of ImageNet's RGB values in 0..1, for AlexNet's lighting noise: eigenvalues,
@@ -78,10 +77,11 @@ class JitterAndLighting:
 
     def __call__(self, images: UnitRangeImages, seeds: Sequence[int]) -> UnitRangeImages:
         """Returns the images, each changed by its seed; lighting may leave the range 0..1."""
-        return self.change(images, self.draw(seeds, images.device))
+        drawn = torch.tensor([self.draw(seed) for seed in seeds], device=images.device)
+        return self.change(images, drawn)
 
     def change(self, images: UnitRangeImages, drawn: DrawnColors) -> UnitRangeImages:
-        """Returns the images changed by what `draw` returned for their seeds."""
+        """Returns the images changed by what `draw` returned for the seed of each."""
         factors, orders, normals = drawn.to(images.dtype).split(3, dim=1)
         # Images have different orders, so each pass applies to each image the change that is next.
         for changes in orders.unbind(dim=1):
@@ -89,26 +89,13 @@ class JitterAndLighting:
         shifts = _lighting_shift(normals)
         return images + shifts[:, :, None, None]
 
-    def draw(self, seeds: Sequence[int], device: torch.device) -> DrawnColors:
-        """Returns the random numbers of images on a device, each drawn by its seed."""
-        # One generator for all, which is seeded anew for each: to make one takes as long.
-        rng = random.Random()
-        rows = []
-        for seed in seeds:
-            rng.seed(seed)
-            rows.append(self._draw_row(rng))
-        drawn = torch.tensor(rows).reshape(len(rows), _N_DRAWN)
-        if device.type == "cuda":
-            # Without page-locked memory the host waits for everything that is queued on the GPU.
-            drawn = drawn.pin_memory()
-        return drawn.to(device, non_blocking=True)
-
-    def _draw_row(self, rng: random.Random) -> list[float]:
+    def draw(self, seed: int) -> list[float]:
         """Returns the nine random numbers of an image.
 
         Three factors (brightness, contrast, saturation), the order of these changes as three
         indices, and three normal numbers for lighting.
         """
+        rng = random.Random(seed)
         factors = []
         for strength in (self.brightness, self.contrast, self.saturation):
             factor = rng.uniform(1 - strength, 1 + strength)

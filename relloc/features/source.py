@@ -34,6 +34,7 @@ Features = dict[str, Float[Tensor, "b _d"]]  # by layer
 FeatureBatch = tuple[Features, Int[Tensor, "b *classes"]]  # features, and labels
 EncodeFunction = Callable[..., Features]  # called as `encode` is
 SeededIndex = tuple[int, int]  # index of an image, and seed of its random view
+ViewKey = tuple[int, ...]  # these, and the seed of its random colors if it has any
 
 _BYTES_PER_FEATURE = 4  # float32
 _GIB = 2**30
@@ -43,12 +44,12 @@ _GIB = 2**30
 class ColorAugmentation(Protocol):
     """Changes the colors of a batch at random, by one seed for each image."""
 
-    def draw(self, seeds: Sequence[int], device: torch.device, /) -> Tensor:
-        """Returns the random numbers of images, on a device."""
+    def draw(self, seed: int, /) -> Sequence[float]:
+        """Returns the random numbers of an image."""
         ...
 
     def change(self, images: UnitRangeImages, drawn: Tensor, /) -> UnitRangeImages:
-        """Returns the images changed by these numbers."""
+        """Returns the images changed by the numbers of each."""
         ...
 
 
@@ -227,21 +228,23 @@ class EncodeConfig:
         self,
         images: ImageSet,
         view: View,
-        batches: Iterable[list[SeededIndex]],
+        batches: Iterable[list[Any]],
         n_batches: int,
         what: str,
         unreadable: Unreadable | None = None,
+        color: ColorAugmentation | None = None,
     ) -> Iterator[ImageBatch]:
-        """Yields views of images in the given batches, some of which may be empty.
+        """Yields views of images in the given batches of keys, some of which may be empty.
 
-        `what` is the text beside the progress bar. `unreadable` counts unreadable images; by
-        default that is a new counter.
+        A key is a `SeededIndex`, or with a `color` a `ViewKey`, and batches have the numbers that
+        `color` draws. `what` is the text beside the progress bar. `unreadable` counts unreadable
+        images; by default that is a new counter.
 
         Raises:
             DataError: more images can't be read than `unreadable` allows.
         """
         unreadable = unreadable or self.unreadable_of(len(images))
-        loaded = self._load(images, view, batches)
+        loaded = self._load(images, view, batches, color)
         for batch in self.progress(loaded, what, n_batches):
             unreadable.add(batch.unreadable)
             yield batch
@@ -250,9 +253,10 @@ class EncodeConfig:
         self,
         images: ImageSet,
         view: View,
-        batches: Iterable[list[SeededIndex]],
+        batches: Iterable[list[Any]],
+        color: ColorAugmentation | None = None,
     ) -> Iterator[ImageBatch]:
-        views = Views(images, view)
+        views = Views(images, view, color.draw if color else None)
         if self.decode == "device":
 
             def note_failed(indices: Sequence[int]) -> None:
@@ -368,17 +372,20 @@ class LiveFeatures:
             len(batches),
             what,
             self.unreadable,
+            self.color,
         )
         for views in read:
             # A batch may be empty, as no image of it could be read.
             if len(views.pixels):
-                yield self._encode(backbone, views, size, layers, epoch), views
+                yield self._encode(backbone, views, size, layers), views
 
-    def _keys(self, indices: Int[Tensor, "m"], epoch: int) -> list[SeededIndex]:
-        """Returns each image with the seed of its view, which depends on image and epoch alone."""
+    def _keys(self, indices: Int[Tensor, "m"], epoch: int) -> list[ViewKey]:
+        """Returns each image with its seeds, which depend on image and epoch alone."""
         images = indices.tolist()
-        seeds = seeds_for(Use.AUGMENTED_VIEW, self.seed, epoch, last=images)
-        return list(zip(images, seeds, strict=True))
+        columns = [images, seeds_for(Use.AUGMENTED_VIEW, self.seed, epoch, last=images)]
+        if self.color:
+            columns.append(seeds_for(Use.AUGMENTED_COLOR, self.seed, epoch, last=images))
+        return list(zip(*columns, strict=True))
 
     @torch.no_grad()
     def _encode(
@@ -387,15 +394,13 @@ class LiveFeatures:
         views: ImageBatch,
         size: int,
         layers: Sequence[str],
-        epoch: int,
     ) -> Features:
         device = self.encode_config.device
         pixels = views.pixels.to(device, non_blocking=True)
-        drawn = None
-        if self.color:
-            images = views.indices.tolist()
-            seeds = seeds_for(Use.AUGMENTED_COLOR, self.seed, epoch, last=images)
-            drawn = self.color.draw(seeds, device)
+        drawn = views.drawn
+        if drawn is not None and device.type == "cuda":
+            # Without page-locked memory the host waits for everything that is queued on the GPU.
+            drawn = drawn.pin_memory().to(device, non_blocking=True)
         # A compiled function serves one size, and would be compiled anew for another.
         encode_images = self.encode_config.encode if len(pixels) == size else encode
         return encode_images(

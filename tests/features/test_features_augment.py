@@ -14,7 +14,6 @@ CHANGES = (functional.adjust_brightness, functional.adjust_contrast, functional.
 EIGENVECTORS = torch.tensor(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
-CPU = torch.device("cpu")
 EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 
 
@@ -22,7 +21,7 @@ def one_by_one(color: JitterAndLighting, images: Tensor, seeds: list[int]) -> Te
     """Torchvision's functions on each image alone, in the drawn order with the drawn numbers."""
     changed = []
     for image, seed in zip(images, seeds, strict=True):
-        drawn = color.draw([seed], CPU)[0].tolist()
+        drawn = color.draw(seed)
         for which in map(int, drawn[3:6]):
             image = CHANGES[which](image, drawn[which])
         shift = (EIGENVECTORS * torch.tensor(drawn[6:]) * EIGENVALUES).sum(dim=1)
@@ -63,7 +62,7 @@ def test_without_any_strength_nothing_changes() -> None:
 
 
 def test_factors_are_uniform_orders_alike_and_lighting_normal() -> None:
-    drawn = JitterAndLighting().draw(range(6000), CPU)
+    drawn = torch.tensor([JitterAndLighting().draw(seed) for seed in range(6000)])
     factors, orders, normals = drawn.split(3, dim=1)
     assert factors.min() >= 0.6
     assert factors.max() <= 1.4

@@ -310,11 +310,11 @@ def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
     given: list[tuple[float, list[int]]] = []
 
     class Black:
-        def draw(self, seeds: Sequence[int], device: torch.device) -> Tensor:
-            return torch.tensor(seeds, device=device)
+        def draw(self, seed: int) -> Sequence[float]:
+            return [float(seed)]
 
         def change(self, images: Tensor, drawn: Tensor) -> Tensor:
-            given.append((float(images.max()), drawn.tolist()))
+            given.append((float(images.max()), drawn.flatten().tolist()))
             return torch.zeros_like(images)
 
     images = write_images(tmp_path, 4)
@@ -322,8 +322,11 @@ def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
     asked = (([0, 1, 2, 3], 0), ([3, 2], 1))
     found = [next(source.batches(torch.tensor(order), 4, LAYERS, epoch)) for order, epoch in asked]
     assert all(0.9 < largest <= 1 for largest, _ in given)
-    assert given[0][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 0, index) for index in range(4)]
-    assert given[1][1] == [seed_for(Use.AUGMENTED_COLOR, 5, 1, index) for index in (3, 2)]
+    first = [seed_for(Use.AUGMENTED_COLOR, 5, 0, index) for index in range(4)]
+    second = [seed_for(Use.AUGMENTED_COLOR, 5, 1, index) for index in (3, 2)]
+    # Of seeds as floats the leading digits are left, which tell them apart.
+    assert given[0][1] == pytest.approx(first, rel=1e-6)
+    assert given[1][1] == pytest.approx(second, rel=1e-6)
     with torch.no_grad():
         of_black = encode(backbone, torch.zeros(4, 3, PX, PX, dtype=torch.uint8), LAYERS, False)
     assert_same_features(found[0][0], of_black)
