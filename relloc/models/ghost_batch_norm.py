@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _BatchNorm
 
 GroupValues = Float[Tensor, "ghosts groups c"]  # one number for each group and channel
@@ -70,7 +71,8 @@ class GhostBatchNorm(_BatchNorm):
     It takes over weights, statistics and parameter names of `norm`, and computes in evaluation mode
     what `norm` does. Running statistics move group by group, as if each group had been a forward
     of its own. The code is written for torch.compile, which turns it into one reduction and one
-    pointwise kernel in each direction.
+    pointwise kernel in each direction. On a GPU without torch.compile kernels take its place
+    (`relloc.models.ghost_batch_norm_kernel`).
 
     Raises:
         ValueError: `norm` has no momentum or no running statistics; in training, rows that are no
@@ -110,6 +112,8 @@ class GhostBatchNorm(_BatchNorm):
             return super().forward(input)
         # Checked first: afterwards torch would complain of shapes, in words that help nobody.
         self.groups.check_divides(len(input))
+        if kernels_take(input):
+            return self._by_kernels(input)
         # Gradients through the statistics are part of `_Normalize.backward`.
         with torch.no_grad():
             blocks = _to_blocks(input, self.groups)
@@ -127,6 +131,49 @@ class GhostBatchNorm(_BatchNorm):
             self.groups,
         )
 
+    def with_relu(
+        self,
+        input: Float[Tensor, "rows c *hw"],
+        residual: Float[Tensor, "rows c *hw"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ReLU of the normalized rows, plus `residual` if there is one, in training.
+
+        Two tensors are returned, which may share memory and must not be written to. What reads the
+        result at two places takes one for each: then their gradients are added where they are
+        read, which spares autograd a pass of its own.
+        """
+        self.groups.check_divides(len(input))
+        if kernels_take(input):
+            return self._by_kernels(input, residual, relu=True, twice=True)
+        normalized = self(input)
+        if residual is not None:
+            normalized = normalized + residual
+        result = relu(normalized)
+        return result, result
+
+    def _by_kernels(self, input: Tensor, residual: Tensor | None = None, **how: bool) -> Any:
+        # Triton is there on GPUs alone, and takes a while to import.
+        from relloc.models import ghost_batch_norm_kernel
+
+        _check_counts(self.groups.values_per_channel(_split_blocks(input, self.groups)))
+        running = ghost_batch_norm_kernel.RunningStatistics(
+            mean=self.running_mean,  # pyright: ignore[reportArgumentType]
+            variance=self.running_var,  # pyright: ignore[reportArgumentType]
+            n_tracked=self.num_batches_tracked,  # pyright: ignore[reportArgumentType]
+            momentum=self.momentum or 0.0,
+        )
+        return ghost_batch_norm_kernel.normalize(
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            running=running,
+            group_of_block=self.group_of_block,  # pyright: ignore[reportArgumentType]
+            groups=self.groups,
+            eps=self.eps,
+            **how,
+        )
+
     def _update_running_statistics(
         self,
         means: GroupValues,
@@ -137,11 +184,7 @@ class GhostBatchNorm(_BatchNorm):
 
         `variances` are biased; `counts` has the number of values per channel of each group.
         """
-        if min(counts) < 2:
-            raise ValueError(
-                "a batch norm has no variance of one value per channel: "
-                "raise recipe.images_per_batch_norm"
-            )
+        _check_counts(counts)
         # Running variances are unbiased, as PyTorch's are.
         corrections = [count / (count - 1) for count in counts]
         unbiased = _scale_groups(variances, corrections)
@@ -228,6 +271,26 @@ class _Normalize(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *(None,) * 4
 
 
+def kernels_take(x: Tensor) -> bool:
+    """Returns whether rows are normalized by `relloc.models.ghost_batch_norm_kernel`.
+
+    These are rows on a GPU whose channels lie beside one another. torch.compile makes its own
+    kernels of the code here.
+    """
+    if torch.compiler.is_compiling() or not x.is_cuda or x.dtype == torch.float64:
+        return False
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _check_counts(counts: list[int]) -> None:
+    """Raises `ValueError` if a group has one value per channel."""
+    if min(counts) < 2:
+        raise ValueError(
+            "a batch norm has no variance of one value per channel: "
+            "raise recipe.images_per_batch_norm"
+        )
+
+
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     # Where nothing is to be converted, `to` returns what it was given, and a compiled Function that
     # returns that has zero gradients (torch 2.11; a test looks).
@@ -236,8 +299,13 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _to_blocks(x: Tensor, groups: Groups) -> Tensor:
     """Returns rows as (blocks images c ...), in float32, or in float64 where they are float64."""
-    blocks = x.unflatten(0, (-1, groups.images))
+    blocks = _split_blocks(x, groups)
     return blocks if blocks.dtype == torch.float64 else blocks.float()
+
+
+def _split_blocks(x: Tensor, groups: Groups) -> Tensor:
+    """Returns rows as (blocks images c ...)."""
+    return x.unflatten(0, (-1, groups.images))
 
 
 def _group_statistics(blocks: Tensor, groups: Groups) -> tuple[GroupValues, GroupValues]:

@@ -6,14 +6,42 @@ names are torchvision's too, so that its weight files load as they are.
 
 import copy
 import math
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models import resnet
+from torchvision.models.resnet import ResNet
 
 from relloc import checks
 from relloc.errors import UsageError
 from relloc.models.backbone import Backbone
+from relloc.models.ghost_batch_norm import GhostBatchNorm, kernels_take
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block, which can also leave sums and ReLUs to its batch norms."""
+
+    def twice(self, x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the result for two readers, of an input for two readers.
+
+        The batch norms are `GhostBatchNorm` in training mode, whose `with_relu` gives both.
+        """
+        shortcut = again if self.downsample is None else self.downsample(again)
+        hidden, _ = _with_relu(self.bn1, self.conv1(x))
+        return _with_relu(self.bn2, self.conv2(hidden), shortcut)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's block, which can also leave sums and ReLUs to its batch norms."""
+
+    def twice(self, x: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the result for two readers, as `BasicBlock.twice` does."""
+        shortcut = again if self.downsample is None else self.downsample(again)
+        hidden, _ = _with_relu(self.bn1, self.conv1(x))
+        hidden, _ = _with_relu(self.bn2, self.conv2(hidden))
+        return _with_relu(self.bn3, self.conv3(hidden), shortcut)
+
 
 # depth -> kind of residual block, and number of blocks in each of stages 1 to 4
 _ARCHITECTURES = {
@@ -98,8 +126,13 @@ class ResNetBackbone(Backbone, ResNet):
         ]
 
     def embed(self, patches: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        maps = self(patches)
-        return self.avgpool(maps["feature5"]).flatten(1)
+        # In pretraining on a GPU batch norms can do at once what follows them.
+        norm = self.bn1
+        if isinstance(norm, GhostBatchNorm) and norm.training and kernels_take(patches):
+            last_map = self._last_map(patches)
+        else:
+            last_map = self(patches)["feature5"]
+        return self.avgpool(last_map).flatten(1)
 
     def with_standard_strides(self) -> Backbone:
         if not self.own_strides:
@@ -107,6 +140,15 @@ class ResNetBackbone(Backbone, ResNet):
         network = copy.deepcopy(self)
         network._set_strides(last_stride=2, stem="imagenet")
         return network
+
+    def _last_map(self, patches: Tensor) -> Tensor:
+        """Returns feature5, with sums and ReLUs left to batch norms."""
+        stem, _ = _with_relu(self.bn1, self.conv1(patches))
+        x = again = self.maxpool(stem)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x, again = cast(BasicBlock | Bottleneck, block).twice(x, again)
+        return x
 
     def _make_layers(
         self,
@@ -149,6 +191,10 @@ class ResNetBackbone(Backbone, ResNet):
         if stem != "imagenet":
             own.append(f"stem={stem}")
         self.own_strides = " ".join(own)
+
+
+def _with_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return cast(GhostBatchNorm, norm).with_relu(x, residual)
 
 
 def _checked_stem_channels(width: float) -> int:

@@ -338,20 +338,28 @@ def _max_forward_images(settings: Pretraining) -> int:
 
 
 def make_task(
-    settings: Pretraining, engine: Engine, *, steps_per_epoch: int, accumulation: int
+    settings: Pretraining,
+    engine: Engine,
+    *,
+    steps_per_epoch: int,
+    accumulation: int,
+    compile_network: bool | None = None,
 ) -> Task:
     """Builds network, optimizer, schedule and patch pipeline on the engine's device.
 
-    The network and the patch pipeline are compiled where the engine compiles. `accumulation` is the
-    number of forwards whose gradients one step of the optimizer sums.
+    The patch pipeline is compiled where the engine compiles, and so is the network unless it has
+    kernels of its own (`has_kernels`). `compile_network` asks for one or the other, for benchmarks.
+    `accumulation` is the number of forwards whose gradients one step of the optimizer sums.
     """
     # The network is placed first, so that the optimizer's state lies on the same device.
     model = settings.network(one_pass=engine.compiled)
     engine.place(model)
+    if compile_network is None:
+        compile_network = not has_kernels(model.backbone, engine)
     patches = settings.training_patches
     return Task(
         model=model,
-        network=engine.compile(model),
+        network=engine.compile(model) if compile_network else model,
         optimizer=settings.make_optimizer(model=model),
         schedule=settings.schedule,
         draw=patches.draw,
@@ -362,6 +370,24 @@ def make_task(
         device=engine.device,
         bf16=engine.bf16,
         cuda_graphs=engine.cuda_graphs,
+    )
+
+
+def has_kernels(backbone: Backbone, engine: Engine) -> bool:
+    """Returns whether a backbone trains as fast without being compiled, where `engine` compiles.
+
+    Batch norms of a ResNet have kernels of their own, which also add shortcuts and apply ReLUs
+    (`relloc.models.ghost_batch_norm_kernel`). They spare minutes of compiling. Of float32 maps and
+    of other memory formats nothing was measured, and max pooling that is not compiled does not
+    always give the same bits.
+    """
+    return (
+        engine.compiled
+        and engine.device.type == "cuda"
+        and engine.bf16
+        and engine.memory_format == "channels_last"
+        and not engine.deterministic
+        and isinstance(backbone, ResNetBackbone)
     )
 
 

@@ -4,12 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
+from relloc.models.resnet import ResNetBackbone
+from relloc.models.small import SmallBackbone
 from relloc.runs import build, pretraining
 from relloc.runs.command_settings import Pretraining
+from relloc.runs.engine import Engine
 from relloc.runs.invocation import Invocation
-from relloc.runs.pretraining import fastest_images_per_forward
+from relloc.runs.pretraining import fastest_images_per_forward, has_kernels
 from relloc.runs.settings import conf_dir, plain
 
 
@@ -64,6 +68,35 @@ def test_wider_and_finer_networks_take_fewer_images_at_once(
         asked = build.pretraining(compose("train", ["model=resnet50", *words]))
     asked = dataclasses.replace(asked, images_per_step=512, images_per_batch_norm=64)
     assert fastest_images_per_forward(asked, compiled=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"compiled": False}, False),
+        ({"device": torch.device("cpu")}, False),
+        ({"precision": "tf32"}, False),
+        ({"memory_format": "contiguous"}, False),
+        ({"deterministic": True}, False),
+    ],
+)
+def test_a_resnet_has_kernels_where_a_gpu_would_compile_it_in_bfloat16(
+    changes: dict[str, object], expected: bool
+) -> None:
+    engine = Engine(
+        device=torch.device("cuda"),
+        precision="bf16",
+        compiled=True,
+        cuda_graphs=True,
+        memory_format="channels_last",
+        deterministic=False,
+        workers=0,
+    )
+    engine = dataclasses.replace(engine, **changes)
+    with torch.device("meta"):
+        assert has_kernels(ResNetBackbone(depth=18), engine) == expected
+        assert not has_kernels(SmallBackbone(widths=(8, 8, 8, 8, 8)), engine)
 
 
 def test_what_needs_no_labels_is_proposed_for_images_without() -> None:
