@@ -7,15 +7,17 @@ cuts, treats and normalizes patches, encodes each once, and steps, by the same f
 """
 
 import argparse
+import functools
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from report import arguments, once_s, tell
-from torch import nn
+from torch import Tensor, nn
 
 from relloc.pretext import loop
 from relloc.runs import build, engine
@@ -32,6 +34,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="images of a step of ours")
     parser.add_argument("--seconds", type=float, default=10, help="how long each side is timed")
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument(
+        "--batch-norm",
+        choices=("auto", "kernels", "compiled"),
+        default="auto",
+        help="by kernels in a network that is not compiled, or compiled with it",
+    )
+    parser.add_argument(
+        "--gradients",
+        type=Path,
+        metavar="FILE",
+        help="write loss, gradients and running statistics of the first of our steps there",
+    )
     parser.add_argument(
         "overrides", nargs="*", help="settings of relloc.train for our side, such as color=drop"
     )
@@ -51,7 +65,9 @@ def main() -> None:
             else _side("published", patch_px, *_published(config, how), options)
         )
         with engine.training(how):
-            ours = _side("ours", patch_px, *_ours(config, how), options)
+            step, task = _ours(config, how, options)
+            first = functools.partial(_first_step, step, task, options.gradients)
+            ours = _side("ours", patch_px, step, config.images_per_step, options, first)
         rows += [theirs, ours] if theirs else [ours]
         if theirs:
             ratios[f"ours over published at {patch_px} px"] = ours["images/s"] / theirs["images/s"]
@@ -67,15 +83,43 @@ def _config(overrides: list[str]) -> Pretraining:
         )
 
 
-def _ours(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], object], int]:
+def _ours(
+    config: Pretraining, how: engine.Engine, options: argparse.Namespace
+) -> tuple[Callable[[], Tensor], loop.Task]:
     n_images, side = config.images_per_step, config.patches.grid.span_px
-    task = make_task(config, how, steps_per_epoch=1000, accumulation=1)
+    compile_network = {"auto": None, "kernels": False, "compiled": True}[options.batch_norm]
+    task = make_task(
+        config, how, steps_per_epoch=1000, accumulation=1, compile_network=compile_network
+    )
     task.model.train()
+    generator = torch.Generator(how.device).manual_seed(0)
     images = torch.randint(
-        256, (n_images, side, side, 3), dtype=torch.uint8, device=how.device
+        256,
+        (n_images, side, side, 3),
+        dtype=torch.uint8,
+        device=how.device,
+        generator=generator,
     ).permute(0, 3, 1, 2)
     stepper = loop.Stepper(task)  # as `loop.train` steps; the learning rate is the warm-up's
-    return lambda: stepper.step(iter([images]), 0), n_images
+    return lambda: stepper.step(iter([images]), 0), task
+
+
+def _first_step(step: Callable[[], Tensor], task: loop.Task, file: Path | None) -> None:
+    sums = step()
+    if file is None:
+        return
+    loss, _, asked = sums.tolist()
+    model = task.model
+    torch.save(
+        {
+            "loss": {"loss": torch.tensor(loss / asked)},
+            "gradients": {name: value.grad for name, value in model.named_parameters()},
+            "running statistics": {
+                name: value for name, value in model.named_buffers() if "running_" in name
+            },
+        },
+        file,
+    )
 
 
 def _published(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], object], int]:
@@ -107,7 +151,12 @@ def _published(config: Pretraining, how: engine.Engine) -> tuple[Callable[[], ob
 
 
 def _side(
-    name: str, patch_px: int, step: Callable[[], object], n_images: int, options: argparse.Namespace
+    name: str,
+    patch_px: int,
+    step: Callable[[], object],
+    n_images: int,
+    options: argparse.Namespace,
+    first: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Images a second, memory, and the seconds of the first step, in which compiling happens."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +164,7 @@ def _side(
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    first_s = once_s(step, device)
+    first_s = once_s(first or step, device)
     once_s(lambda: [step() for _ in range(5)], device)  # among them one that records a CUDA graph
     steps, spent_s = 0, 0.0
     while (
