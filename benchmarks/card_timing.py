@@ -34,6 +34,7 @@ from relloc.evaluation.contract import Context, Evaluation, NullState
 from relloc.evaluation.run import NO_FEATURES
 from relloc.features.source import (
     Bank,
+    ColorAugmentation,
     EncodeConfig,
     FeatureSource,
     LiveFeatures,
@@ -110,14 +111,23 @@ class ResidentConfig(EncodeConfig):
     """Reads one batch of views, and gives it again and again, as if readers took no time."""
 
     def _load(
-        self, images: ImageSet, view: View, batches: Iterable[list[tuple[int, int]]]
+        self,
+        images: ImageSet,
+        view: View,
+        batches: Iterable[list[Any]],
+        color: ColorAugmentation | None = None,
     ) -> Iterator[ImageBatch]:
-        read = Views(images, view)
+        read = Views(images, view, color.draw if color else None)
         first = None
         for keys in batches:
             first = first or collate([read[key] for key in keys], pin=self.device.type == "cuda")
-            indices = torch.tensor([index for index, _ in keys])
-            yield ImageBatch(pixels=first.pixels[: len(keys)], indices=indices, unreadable={})
+            drawn = None if first.drawn is None else first.drawn[: len(keys)]
+            yield ImageBatch(
+                pixels=first.pixels[: len(keys)],
+                indices=torch.tensor([key[0] for key in keys]),
+                unreadable={},
+                drawn=drawn,
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ class GhostBatchNorm(_BatchNorm):
         # A buffer moves to the GPU with the module; not persistent, it stays out of checkpoints.
         self.register_buffer(
             "group_of_block",
-            torch.tensor(group_of_block),
+            torch.tensor(group_of_block, device=norm.running_mean.device),
             persistent=False,
         )
 

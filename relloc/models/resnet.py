@@ -144,11 +144,20 @@ class ResNetBackbone(Backbone, ResNet):
     def _last_map(self, patches: Tensor) -> Tensor:
         """Returns feature5, with sums and ReLUs left to batch norms."""
         stem, _ = _with_relu(self.bn1, self.conv1(patches))
-        x = again = self.maxpool(stem)
+        x = again = self._pooled(stem)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
                 x, again = cast(BasicBlock | Bottleneck, block).twice(x, again)
         return x
+
+    def _pooled(self, stem: Tensor) -> Tensor:
+        """Returns what max pooling makes of the stem's map, if the network has any, on a GPU."""
+        if not isinstance(self.maxpool, nn.MaxPool2d):
+            return self.maxpool(stem)
+        # Triton is there on GPUs alone, and takes a while to import.
+        from relloc.models.max_pool_kernel import max_pool
+
+        return max_pool(stem, self.maxpool)
 
     def _make_layers(
         self,

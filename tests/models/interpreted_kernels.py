@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 
 from relloc.models import ghost_batch_norm, ghost_batch_norm_kernel, resnet
 from relloc.models.ghost_batch_norm import GhostBatchNorm, Groups, use_ghost_batches
+from relloc.models.max_pool_kernel import max_pool
 from relloc.models.resnet import ResNetBackbone
 
 SEPARATE, JOINT, CELL = (8, 1), (9,), (1,) * 9
@@ -200,3 +201,34 @@ def test_a_resnet_has_the_gradients_of_torchvisions_blocks(
     for name, value in exact.items():
         assert difference(found[name], value) < 3 * by_rounding + 1e-5, name
     assert by_rounding < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 9, 12), (2, 130, 4, 4)])
+def test_max_pooling_is_torchs_with_its_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Many zeros, as after a ReLU: of equal values the first one is taken."""
+    pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    generator = torch.Generator().manual_seed(0)
+    # Values and gradients that bfloat16 holds exactly, also their sums
+    maps = torch.randint(-4, 5, shape, generator=generator).relu().to(dtype)
+    maps = maps.to(memory_format=torch.channels_last)
+    one, other = maps.clone().requires_grad_(), maps.clone().requires_grad_()
+    found, expected = max_pool(one, pool), pool(other)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randint(-9, 10, expected.shape, generator=generator).to(dtype)
+    found.backward(grad)
+    expected.backward(grad)
+    assert one.grad is not None
+    assert other.grad is not None
+    assert torch.equal(one.grad, other.grad)
+    assert one.grad.stride() == maps.stride()
+
+
+def test_max_pooling_passes_nan_on() -> None:
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[0, 0, 0, 0] = float("nan")
+    found = max_pool(maps, nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+    assert found.isnan().sum() == 1
