@@ -104,6 +104,9 @@ def check_equal(found: Sequence[ImageBatch], expected: Sequence[ImageBatch]) -> 
         assert torch.equal(one.indices, other.indices)
         assert one.unreadable == other.unreadable
         assert torch.equal(one.pixels, other.pixels)
+        assert (one.drawn is None) == (other.drawn is None)
+        if one.drawn is not None and other.drawn is not None:
+            assert torch.equal(one.drawn, other.drawn)
         if len(one.pixels):
             assert one.pixels.stride() == other.pixels.stride()
 
@@ -139,6 +142,17 @@ def test_other_files_are_not(name: str) -> None:
 @pytest.mark.parametrize("view", VIEWS, ids=str)
 def test_views_are_those_that_workers_would_decode(images: FolderImages, view: CutView) -> None:
     both(Views(images, view), keys_of(len(images), 7))
+
+
+def test_random_numbers_stay_with_their_images(images: FolderImages) -> None:
+    """Also those of images that can't be read, which are left out."""
+    samples = Views(images, VIEWS[0], lambda seed: [seed, 2 * seed])
+    batches = [[(*key, 10 * key[0]) for key in keys] for keys in keys_of(len(images), 30)]
+    both(samples, batches)
+    for batch in load_to_device(samples, batches, workers=0, device=CPU):
+        assert batch.drawn is not None
+        assert len(batch.drawn) == len(batch.indices) < len(images)
+        assert batch.drawn.tolist() == [[10 * n, 20 * n] for n in batch.indices.tolist()]
 
 
 def test_worker_processes_send_what_the_process_itself_would_read(images: FolderImages) -> None:
@@ -182,7 +196,7 @@ def test_what_a_device_fails_at_is_decoded_on_the_cpu(
     images: FolderImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decoder that raises for a batch because of some, or returns another size for one."""
-    samples = Views(images, Center(short_px=48, crop_px=40))
+    samples = Views(images, Center(short_px=48, crop_px=40), lambda seed: [seed])
     asked = []
 
     def fails_at_turned(jpegs: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
@@ -196,8 +210,9 @@ def test_what_a_device_fails_at_is_decoded_on_the_cpu(
 
     decode: Any = device_decoding.decode_jpeg
     monkeypatch.setattr(device_decoding, "decode_jpeg", fails_at_turned)
+    keys = [[(*key, key[0]) for key in batch] for batch in keys_of(len(images), 30)]
     with pytest.warns(UserWarning, match="CPU"):
-        both(samples, keys_of(len(images), 30))
+        both(samples, keys)
     # All at once, then one by one. After each failure, and at first, a whole JPEG is decoded.
     n_jpegs = len(jpegs()) + 1
     assert asked[:3] == [1, n_jpegs, 1]

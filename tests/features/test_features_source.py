@@ -27,6 +27,7 @@ from relloc.features.source import (
     format_gib,
     free_gib,
 )
+from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.seeds import Use, seed_for
 
@@ -302,6 +303,28 @@ def test_full_batches_are_encoded_by_what_was_compiled_and_others_as_they_are(
     found, _ = gathered(LiveFeatures(backbone, images, reading(encode=compiled), VIEW), range(7), 3)
     assert sizes == [3, 3]
     assert_same_features(found, plain)
+
+
+def test_a_fused_network_is_that_of_the_weights_of_now(tmp_path: Path) -> None:
+    """It is made anew for each pass over the images."""
+    torch.manual_seed(0)
+    network = ResNetBackbone(depth=18, width=0.25).eval()
+    images = write_images(tmp_path, 5)
+    fused = LiveFeatures(network, images, reading(fuses=True), VIEW)
+    plain = LiveFeatures(network, images, reading(), VIEW)
+    errors = []
+    for _ in range(2):
+        found, labels = gathered(fused, range(5), 2)
+        expected, _ = gathered(plain, range(5), 2)
+        assert labels.tolist() == [0, 1, 2, 0, 1]
+        for layer in LAYERS:
+            difference = found[layer] - expected[layer]
+            errors.append((difference.norm() / expected[layer].norm()).item())
+        with torch.no_grad():
+            network.conv1.weight.mul_(-1)
+            network.bn1.bias.add_(1)
+    # The network is in float32, and what is fused in bfloat16.
+    assert 0 < max(errors) < 0.02
 
 
 def test_colors_belong_to_image_and_epoch_and_are_changed_before_normalizing(
