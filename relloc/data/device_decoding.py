@@ -215,7 +215,7 @@ class BatchDecoder:
         n_bytes_of_pixels = []
         n_bytes_of_jpegs = []
         for n_bytes, pixels_size in zip(message.n_bytes, message.pixels_sizes, strict=True):
-            of_kind = n_bytes_of_pixels if pixels_size else n_bytes_of_jpegs
+            of_kind = n_bytes_of_jpegs if pixels_size is None else n_bytes_of_pixels
             of_kind.append(n_bytes)
         all_pixels, all_jpegs = content.split([sum(n_bytes_of_pixels), sum(n_bytes_of_jpegs)])
         if self._device.type == "cuda" and n_bytes_of_pixels:
@@ -229,7 +229,7 @@ class BatchDecoder:
         for pixels_size, stored_size, transposition in zip(
             message.pixels_sizes, message.stored_sizes, message.transpositions, strict=True
         ):
-            if pixels_size:
+            if pixels_size is not None:
                 rows = next(pixels).view(*pixels_size, 3)
                 images.append(rows.permute(2, 0, 1))
                 continue
@@ -306,7 +306,7 @@ class BatchDecoder:
                 squares(images, batch_cuts(cuts))
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        except _not_compiled_errors() as error:
             raise UsageError(
                 f"decode=device needs a kernel that Triton can't compile here ({reason(error)}): "
                 "give decode=cpu, or install a C compiler and Python.h (the python3-dev package)"
@@ -339,6 +339,19 @@ class BatchDecoder:
             warnings.warn(
                 f"JPEGs that {self._device} can't decode are decoded on the CPU", stacklevel=2
             )
+
+
+def _not_compiled_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of a kernel that can't be compiled."""
+    errors: list[type[Exception]] = [
+        *(RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+    ]
+    # Triton comes with builds of torch for GPUs alone.
+    with contextlib.suppress(ImportError):
+        from triton.errors import TritonError
+
+        errors.append(TritonError)
+    return tuple(errors)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ ImageTensor = UInt8[Tensor, "3 _h _w"]
 
 # Bits behind the point of Pillow's weights (PRECISION_BITS in libImaging/Resample.c)
 WEIGHT_BITS = 22
+# Weights that are made at once: 256 MB in float64, and several times that meanwhile
+_MOST_WEIGHTS = 32_000_000
 _ROWS, _COLUMNS = 0, 1
 
 
@@ -41,10 +43,17 @@ def squares(images: Sequence[ImageTensor], cuts: BatchCuts) -> UInt8[Tensor, "b 
 
     The result lies in memory with channels last.
 
-    Raises:
-        ImportError, OSError, RuntimeError: a GPU's kernel can't be compiled.
+    Raises (on a GPU):
+        ImportError, OSError, RuntimeError, SubprocessError, TritonError: the kernel can't be
+            compiled.
     """
     device = images[0].device
+    half = len(images) // 2
+    # Weights of all images have the room of the largest filter, which one huge image makes huge.
+    if half and _most_weights(cuts) > _MOST_WEIGHTS:
+        parts = (range(half), range(half, len(images)))
+        halves = [squares([images[n] for n in part], cuts.at(part)) for part in parts]
+        return torch.cat(halves)
     if device.type == "cuda":
         # Triton comes with builds of torch for GPUs alone.
         from relloc.data.resampling_kernel import squares_by_kernel
@@ -90,6 +99,13 @@ def filters_of(step: BatchResampling, device: torch.device) -> Filters:
     return Filters(first=first[:, :, 0].int().contiguous(), weights=weights.contiguous())
 
 
+def _most_weights(cuts: BatchCuts) -> int:
+    """Returns how many weights the step that has most of them has."""
+    return max(
+        2 * len(step.size) * int(step.taps().max()) * int(step.size.max()) for step in cuts.steps
+    )
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Returns an array on a device, whose copy a GPU makes beside other work."""
     tensor = torch.from_numpy(array)
@@ -108,14 +124,13 @@ def _resampled(
     for axis in axes:
         n_new = int(step.size[place, axis])
         first = filters.first[axis, place, :n_new]
-        weights = filters.weights[axis, place, :, :n_new]
-        # Along the axis that is resized last: (3, other axis, pixels)
+        # The axis that is resized comes last: (3, other axis, pixels)
         lines = image if axis == _COLUMNS else image.mT
-        places = first + torch.arange(len(weights))[:, None]
-        # Pixels beyond the last one have weight 0.
-        places = places.clamp(max=lines.shape[2] - 1)
-        half = 2 ** (WEIGHT_BITS - 1)
-        sums = (lines[:, :, places].int() * weights).sum(dim=2, dtype=torch.int32) + half
+        sums = torch.full((*lines.shape[:2], n_new), 2 ** (WEIGHT_BITS - 1), dtype=torch.int32)
+        for tap in range(int(step.taps()[place, axis])):
+            # Pixels beyond the last one have weight 0.
+            pixels = (first + tap).clamp(max=lines.shape[2] - 1)
+            sums += lines[..., pixels].int() * filters.weights[axis, place, tap, :n_new]
         lines = (sums >> WEIGHT_BITS).to(torch.uint8)
         image = lines if axis == _COLUMNS else lines.mT
     return image

@@ -47,21 +47,19 @@ class _Place:
 
 
 def squares_by_kernel(images: Sequence[ImageTensor], cuts: BatchCuts) -> UInt8[Tensor, "b 3 s s"]:
-    """Returns what `relloc.data.resampling.squares` does.
-
-    Raises:
-        ImportError, OSError, RuntimeError: the kernel can't be compiled.
-    """
+    """Returns what `relloc.data.resampling.squares` does, and raises what it does."""
     device = images[0].device
     place = _Place(
         np.array([image.data_ptr() for image in images], dtype=np.int64),
         np.array([image.stride() for image in images], dtype=np.int64),
     )
     *first_steps, last_step = cuts.steps
-    # Memory of images between steps may be freed before kernels have run: what is allocated next on
-    # this stream is used after them.
+    # Results of steps have to be there until the kernel that reads them is launched. Then they may
+    # be freed: what is allocated next on this stream is used after it.
+    kept = []
     for step in first_steps:
-        _memory, result = _planes(step.size, device)
+        memory, result = _planes(step.size, device)
+        kept.append(memory)
         _resample(place, step, result, device)
         place = result
     height, width = map(int, last_step.size[0])
@@ -103,6 +101,7 @@ def _resample(source: _Place, step: BatchResampling, result: _Place, device: tor
         # Between both axes an image has the new size along the first alone.
         sizes = step.needed.copy()
         sizes[:, first] = step.size[:, first]
+        sizes[step.is_vertical_first != vertical_first] = 0
         _memory, between = _planes(sizes, device)
         tables = np.stack(
             [

@@ -6,7 +6,6 @@ They are those of linear classification by layer (docs/protocols.md 3.3).
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -74,11 +73,6 @@ class JitterAndLighting:
             f"color jitter {self.brightness}/{self.contrast}/{self.saturation} unrounded, "
             f"lighting noise {self.lighting}"
         )
-
-    def __call__(self, images: UnitRangeImages, seeds: Sequence[int]) -> UnitRangeImages:
-        """Returns the images, each changed by its seed; lighting may leave the range 0..1."""
-        drawn = torch.tensor([self.draw(seed) for seed in seeds], device=images.device)
-        return self.change(images, drawn)
 
     def change(self, images: UnitRangeImages, drawn: DrawnColors) -> UnitRangeImages:
         """Returns the images changed by what `draw` returned for the seed of each."""

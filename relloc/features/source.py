@@ -70,11 +70,16 @@ def encode(
 ) -> Features:
     """Returns pooled features of images.
 
-    Colors are changed by `color` and the random numbers `drawn`, if there are any. Then images are
+    Colors are changed by `color`, if there is one, and the random numbers `drawn`. Then images are
     normalized, encoded in bfloat16 if `bf16`, and pooled in float32.
+
+    Raises:
+        ValueError: there is a `color`, and nothing was drawn for it.
     """
     images = pixels.float()
-    if color is not None and drawn is not None:
+    if color is not None:
+        if drawn is None:
+            raise ValueError("colors are to be changed, but no random numbers came with the images")
         # Colors are changed before the normalization, as published, on values from 0 to 1.
         images = 255 * color.change(images / 255, drawn)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):

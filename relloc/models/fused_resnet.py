@@ -60,7 +60,7 @@ class FusedResNet:
     def __init__(self, backbone: ResNetBackbone, dtype: torch.dtype = torch.bfloat16) -> None:
         self.pooled_sides = backbone.pooled_sides
         self._dtype = dtype
-        self._stem = _folded(backbone.conv1, backbone.bn1, dtype)
+        self._stem = _rounded(_folded(backbone.conv1, backbone.bn1), dtype)
         self._pool: Callable[[Tensor], Tensor] = backbone.maxpool
         self._stages: list[list[_Block]] = []
         for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
@@ -103,21 +103,23 @@ def _block(block: Any, dtype: torch.dtype) -> _Block:
     """Returns a residual block of torchvision with its batch norms in its convolutions."""
     pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     # The other kind, a basic block, has two convolutions.
-    if issubclass(type(block), Bottleneck):
-        pairs.append((block.conv3, block.bn3))
-    convolutions = [_folded(conv, norm, dtype) for conv, norm in pairs]
-    if block.downsample is None:
-        return _Block(convolutions, None)
-    shortcut = _folded(block.downsample[0], block.downsample[1], dtype)
-    # Both are added: the last convolution adds the bias of the shortcut as well.
-    last = convolutions[-1]
-    convolutions[-1] = last._replace(bias=last.bias + shortcut.bias)
-    return _Block(convolutions, shortcut)
+    if isinstance(block, Bottleneck):
+        pairs.append((block.conv3, block.bn3))  # pyright: ignore[reportArgumentType]
+    convolutions = [_folded(conv, norm) for conv, norm in pairs]
+    shortcut = None
+    if block.downsample is not None:
+        conv, norm = block.downsample.children()
+        shortcut = _folded(conv, norm)
+        # Both are added: the last convolution adds the bias of the shortcut as well.
+        last = convolutions[-1]
+        convolutions[-1] = last._replace(bias=last.bias + shortcut.bias)
+        shortcut = _rounded(shortcut, dtype)
+    return _Block([_rounded(convolution, dtype) for convolution in convolutions], shortcut)
 
 
 @torch.no_grad()
-def _folded(conv: Any, norm: Any, dtype: torch.dtype) -> _Convolution:
-    """Returns a convolution with the batch norm behind it, computed in float32 and rounded once."""
+def _folded(conv: Any, norm: Any) -> _Convolution:
+    """Returns a convolution with the batch norm behind it, in float32."""
     weight, bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,
@@ -128,12 +130,20 @@ def _folded(conv: Any, norm: Any, dtype: torch.dtype) -> _Convolution:
         norm.bias,
     )
     return _Convolution(
-        weight=weight.detach().to(dtype, memory_format=torch.channels_last),
-        bias=bias.detach().to(dtype),
+        weight=weight.detach(),
+        bias=bias.detach(),
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
+    )
+
+
+def _rounded(convolution: _Convolution, dtype: torch.dtype) -> _Convolution:
+    """Returns a convolution in `dtype`, with channels last."""
+    return convolution._replace(
+        weight=convolution.weight.to(dtype, memory_format=torch.channels_last),
+        bias=convolution.bias.to(dtype),
     )
 
 

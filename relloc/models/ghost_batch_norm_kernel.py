@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from relloc.models.ghost_batch_norm import Groups
 
@@ -312,6 +313,7 @@ class _Normalize(torch.autograd.Function):
         return (y, y.detach()) if twice else y
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         *grads: Tensor | None,

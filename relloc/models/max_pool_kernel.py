@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Values that a program computes, and the most channels of them
 _TILE_VALUES = 2048
@@ -32,6 +33,8 @@ def max_pool(x: Tensor, pool: nn.MaxPool2d) -> Tensor:
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+        # It is so already where the stem wrote it.
+        x = x.contiguous(memory_format=torch.channels_last)
         rows, c, height, width = x.shape
         new_height, new_width = (
             (side + 2 * padding - kernel) // stride + 1 for side in (height, width)
@@ -45,6 +48,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (taken,) = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ import torch
 from relloc.data import resampling_kernel
 from relloc.data.cuts import batch_cuts
 from relloc.data.resampling import squares
-from relloc.data.views import Center, RandomCrop, RandomResized
+from relloc.data.views import Center, RandomCrop, RandomResized, Squash
 
 # Wide, tall, very long, tiny; of the tall ones Pillow resizes columns first.
 SIZES = [(30, 44), (61, 30), (9, 13), (8, 40), (50, 8)]
@@ -22,6 +22,7 @@ VIEWS = [
     Center(short_px=16, crop_px=12),
     RandomResized(crop_px=12, scale=(0.05, 1.0)),
     RandomCrop(short_px=30, crop_px=12),
+    Squash(short_px=16, side_px=12),  # in two steps
 ]
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from relloc.data import resampling
 from relloc.data.cuts import Cut, Resampling, apply, batch_cuts, square_of_resized
 from relloc.data.resampling import squares
 from relloc.data.views import Center, CutView, RandomCrop, RandomResized, Squash
@@ -36,7 +37,12 @@ def tensor(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=str)
-def test_squares_are_pillows_bit_for_bit(view: CutView) -> None:
+@pytest.mark.parametrize("most_weights", [resampling._MOST_WEIGHTS, 3_000])
+def test_squares_are_pillows_bit_for_bit(
+    view: CutView, most_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, and in several parts."""
+    monkeypatch.setattr(resampling, "_MOST_WEIGHTS", most_weights)
     rng = random.Random(0)
     images = [noise(*size) for size in SIZES]
     cuts = [view.cut(image.height, image.width, rng) for image in images]
@@ -78,7 +84,17 @@ def test_only_what_is_needed_is_read() -> None:
     assert np.array_equal(apply(Image.fromarray(image), Cut(steps=(step,))), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_a_gpu_makes_the_same_squares(view: CutView) -> None:
+    rng = random.Random(0)
+    images = [tensor(noise(*size)) for size in SIZES]
+    cuts = batch_cuts([view.cut(image.shape[1], image.shape[2], rng) for image in images])
+    found = squares([image.cuda() for image in images], cuts)
+    assert torch.equal(found.cpu(), squares(images, cuts))
+
+
 def test_the_kernel_makes_the_same_squares() -> None:
-    """Interpreted on a CPU. On a GPU a test of `relloc.data.device_decoding` runs it."""
+    """Interpreted on a CPU."""
     script = Path(__file__).with_name("interpreted_resampling.py")
     subprocess.run([sys.executable, str(script)], check=True, timeout=300)

@@ -63,6 +63,25 @@ def test_it_rounds_less_than_the_network_in_bfloat16() -> None:
     assert 0 < error < 1.1 * (usual.float() - exact).norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*NETWORKS, "dilated"])
+@torch.no_grad()
+def test_a_gpu_rounds_less_than_the_network_in_bfloat16(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = trained(ResNetBackbone(**NETWORKS.get(name, {"depth": 18})))
+    if name == "dilated":
+        backbone = backbone.dilated()
+    assert isinstance(backbone, ResNetBackbone)
+    images = torch.randn(8, 3, 64, 64)
+    exact = backbone.double()(images.double())["feature5"]
+    backbone.float().cuda()
+    found = FusedResNet(backbone)(images.cuda())["feature5"]
+    with torch.autocast("cuda", torch.bfloat16):
+        usual = backbone(images.cuda())["feature5"]
+    errors = [(maps.cpu().double() - exact).norm() for maps in (found, usual)]
+    assert 0 < errors[0] < 1.1 * errors[1]
+
+
 def test_what_is_no_resnet_or_has_odd_channels_stays_as_it_is() -> None:
     for network in (SmallBackbone(widths=(8, 8, 8, 8, 8)), ResNetBackbone(depth=18, width=9 / 64)):
         assert fused_if_possible(network) is network
