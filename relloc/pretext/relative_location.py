@@ -43,7 +43,7 @@ class RelativeLocation(nn.Module):
         images_per_batch_norm: how many consecutive images share batch-norm statistics in training
             (a ghost batch).
         one_pass: whether all ghost batches go through the network at once and not one after the
-            other, for torch.compile. Results differ by rounding alone.
+            other, as fast steps on a GPU do. Results differ by rounding alone.
 
     Raises:
         UsageError: there is no such `batch_norm`, or not for these questions.

@@ -60,7 +60,16 @@ class MeasuredHours:
 
     def __str__(self) -> str:
         without = f" without {self.leaves_out}" if self.leaves_out else ""
-        return f"{self.hours:.3g} h{without} on {self.hardware} ({self.date})"
+        return f"{_duration(self.hours)}{without} on {self.hardware} ({self.date})"
+
+
+def _duration(hours: float) -> str:
+    """Returns a duration in hours, minutes or seconds, whichever is easiest to read."""
+    if hours >= 0.1:
+        return f"{hours:.3g} h"
+    if hours >= 1 / 60:
+        return f"{60 * hours:.2g} min"
+    return f"{3600 * hours:.2g} s"
 
 
 @functools.cache

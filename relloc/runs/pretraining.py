@@ -308,10 +308,10 @@ def fastest_images_per_forward(settings: Pretraining, *, compiled: bool) -> int:
     """Returns how many images to pass through the network at once.
 
     Without compilation that is one ghost batch: the `recipe.images_per_batch_norm` images that
-    share batch-norm statistics. A compiled network takes several ghost batches at once: the most,
-    up to 512 images, that divide a process's share of the step. Wider networks and those of finer
-    maps take fewer. Batch norm still normalizes each ghost batch by itself, so results stay the
-    same.
+    share batch-norm statistics. A network that is compiled, or has kernels of its own in its
+    place (`has_kernels`), takes several ghost batches at once: the most, up to 512 images, that
+    divide a process's share of the step. Wider networks and those of finer maps take fewer. Batch
+    norm still normalizes each ghost batch by itself, so results stay the same.
     """
     images_per_ghost_batch = settings.images_per_batch_norm
     if not compiled:
@@ -374,7 +374,7 @@ def make_task(
 
 
 def has_kernels(backbone: Backbone, engine: Engine) -> bool:
-    """Returns whether a backbone trains as fast without being compiled, where `engine` compiles.
+    """Returns whether a backbone trains faster without being compiled, where `engine` compiles.
 
     Batch norms of a ResNet have kernels of their own, which also add shortcuts and apply ReLUs
     (`relloc.models.ghost_batch_norm_kernel`), and so has its max pooling. They spare minutes of

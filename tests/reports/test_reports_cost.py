@@ -164,6 +164,22 @@ def test_hours_are_shown_with_the_card_alone() -> None:
         assert "experiment=card2022" in text
 
 
+@pytest.mark.parametrize(
+    ("hours", "told"), [(4.9, "4.9 h"), (0.1, "0.1 h"), (0.021, "1.3 min"), (0.00205, "7.4 s")]
+)
+def test_short_times_are_told_in_minutes_and_seconds(hours: float, told: str) -> None:
+    measured = MeasuredHours(
+        row="knn_in1k",
+        hours=hours,
+        limited_by="",
+        leaves_out="",
+        hardware="one GPU",
+        date="2026-11-30",
+        source="a run",
+    )
+    assert str(measured) == f"{told} on one GPU (2026-11-30)"
+
+
 def test_measured_hours_are_told_in_place_of_estimates(
     recorded: Mapping[str, MeasuredHours],
 ) -> None:
