@@ -49,7 +49,7 @@ from relloc.runs.build import ChosenEvaluation, Evaluating, Pretraining
 FULL = Sizes(
     photographs=1024,
     warm_up=16,
-    batches=144,
+    batches=64,
     first_steps=24,
     steps=48,
     annotated=96,
@@ -137,10 +137,13 @@ def main(words: Sequence[str] | None = None) -> None:
         folder = Path(temporary)
         images = images_below(options.images) if options.images else _photographs(folder, sizes)
         for name in _in_order(options.rows):
+            started = time.monotonic()
             row = _timed(name, images, folder, sizes, options)
             timed.append(row)
             # Whoever stops a long run has what was measured by then.
-            print(f"{name}: {row.hours:.3g} h", file=sys.stderr, flush=True)
+            taken_s = time.monotonic() - started
+            told = f"{name}: {row.hours:.3g} h, timed in {taken_s:.0f} s"
+            print(told, file=sys.stderr, flush=True)
             if options.record:
                 record_hours(options.record, [_measured(row)])
     lines = [line for row in timed for line in _lines(row)]
