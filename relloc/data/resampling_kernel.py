@@ -18,10 +18,11 @@ from torch import Tensor
 from relloc.data.cuts import BatchCuts, BatchResampling
 from relloc.data.resampling import WEIGHT_BITS, Filters, ImageTensor, filters_of, to_device
 
-# Pixels of a result that one program computes: along the axis that is resized, and across it
-_BLOCK = (16, 64)
-# Pixels of an image whose values are asked for at once, as each takes long to come
-_TAPS_AT_ONCE = 4
+# Columns and rows of a result that one program computes
+_BLOCK = (64, 8)
+# Pixels of an image whose values are asked for at once, as each takes long to come. With more, and
+# larger blocks, so many registers are needed that fewer programs run at once.
+_TAPS_AT_ONCE = 2
 _N_COLORS = 3
 # Columns of the table that tells the kernel about each image
 _TABLE = (
@@ -152,12 +153,10 @@ def _launch(
 ) -> None:
     """Resizes an axis of all images of a table, which `of_host` is a copy of."""
     largest = dict(zip(_TABLE, of_host.max(axis=0).tolist(), strict=True))
-    along, across = _BLOCK
-    grid = (
-        len(of_host),
-        triton.cdiv(largest["n_across"], across),
-        triton.cdiv(largest["n_new"], along),
-    )
+    columns, rows = _BLOCK
+    n_columns = largest["n_across" if axis == 0 else "n_new"]
+    n_rows = largest["n_new" if axis == 0 else "n_across"]
+    grid = (len(of_host), triton.cdiv(n_columns, columns), triton.cdiv(n_rows, rows))
     _, _, most_taps, most_new = filters.weights.shape
     # Typed as any function: pyright would ask for the constants' own type.
     kernel: Any = _resize_axis
@@ -168,9 +167,9 @@ def _launch(
         most_taps,
         most_new,
         IS_VERTICAL=axis == 0,
-        ALONG=along,
-        ACROSS=across,
-        COLUMNS=len(_TABLE),
+        COLUMNS=columns,
+        ROWS=rows,
+        FACTS=len(_TABLE),
         AT_ONCE=_TAPS_AT_ONCE,
         BITS=WEIGHT_BITS,
         HALF=2 ** (WEIGHT_BITS - 1),
@@ -186,18 +185,20 @@ def _resize_axis(  # noqa: PLR0915 - a loop over colors would keep them in memor
     most_taps,
     most_new,
     IS_VERTICAL: tl.constexpr,
-    ALONG: tl.constexpr,
-    ACROSS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    FACTS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BITS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Computes a block of pixels of an image, ALONG x ACROSS.
+    """Computes a block of pixels of an image.
 
-    Programs are numbered by row of the table, block across the axis, and block along it.
+    Programs are numbered by row of the table, and by columns and rows of blocks. Blocks have
+    columns first: of axes whose steps in memory Triton does not know, it gives neighboring places
+    of the first to neighboring threads, and neighboring columns lie beside one another.
     """
-    row = table + tl.program_id(0) * COLUMNS
+    row = table + tl.program_id(0) * FACTS
     image = tl.load(row)
     source = tl.load(row + 1)
     source_color = tl.load(row + 2)
@@ -213,15 +214,14 @@ def _resize_axis(  # noqa: PLR0915 - a loop over colors would keep them in memor
     n_new = tl.load(row + 11).to(tl.int32)
     n_taps = tl.load(row + 12).to(tl.int32)
 
-    across = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)
-    along = tl.program_id(2) * ALONG + tl.arange(0, ALONG)
-    # Neighboring threads take neighboring columns of an image, whichever axis these are.
+    column_of_block = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+    row_of_block = (tl.program_id(2) * ROWS + tl.arange(0, ROWS))[None, :]
     if IS_VERTICAL:
-        across = across[None, :]
-        along = along[:, None]
+        across = column_of_block
+        along = row_of_block
     else:
-        across = across[:, None]
-        along = along[None, :]
+        across = row_of_block
+        along = column_of_block
     is_new = along < n_new
     is_inside = is_new & (across < n_across)
     first = tl.load(firsts + image * most_new + along, mask=is_new, other=0)

@@ -43,7 +43,7 @@ def images_of_every_layout() -> list[torch.Tensor]:
 
 
 # Several programs for each image, the last of which are not full
-resampling_kernel._BLOCK = (8, 32)
+resampling_kernel._BLOCK = (32, 8)
 for view in VIEWS:
     rng = random.Random(0)
     images = images_of_every_layout()
