@@ -100,7 +100,7 @@ def of_real_images(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], T
     torch.manual_seed(0)
     backbone = ResNetBackbone(depth=18).eval()
     with torch.no_grad():
-        pixels = collate([views[index, 0] for index in indices.tolist()]).pixels.float()
+        pixels = collate([views[index, 0] for index in indices.tolist()]).pixels
         encoded = encode(backbone, pixels, REAL_LAYERS, False)
     return encoded, torch.where(torch.as_tensor(images.labels)[indices] < 3, 1.0, -1.0).double()
 
