@@ -32,16 +32,8 @@ from relloc.evals.training import count_hits, draw_held_back
 from relloc.evals.voc07 import Voc07
 from relloc.evaluation.contract import Context, Evaluation, NullState
 from relloc.evaluation.run import NO_FEATURES
-from relloc.features.source import (
-    Bank,
-    ColorAugmentation,
-    EncodeConfig,
-    FeatureSource,
-    LiveFeatures,
-    bank_device,
-    bank_gib,
-    fill_bank,
-)
+from relloc.features.bank import Bank, bank_device, bank_gib, fill_bank
+from relloc.features.source import ColorAugmentation, EncodeConfig, FeatureSource, LiveFeatures
 from relloc.models.backbone import Backbone
 from relloc.pretext import loop
 from relloc.pretext.stopping import StopRequest

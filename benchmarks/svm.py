@@ -40,8 +40,9 @@ from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
 from relloc.evaluation.calibration import calibration_batches
 from relloc.evaluation.contract import Context, Evaluation, NullState
+from relloc.features.bank import Bank, fill_bank
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import Bank, LiveFeatures, fill_bank
+from relloc.features.source import LiveFeatures
 from relloc.runs import build, engine
 from relloc.runs.command_settings import Evaluating
 from relloc.runs.evaluated_models import evaluated_models

@@ -15,15 +15,8 @@ from relloc.data.image_set import Splits
 from relloc.data.views import View
 from relloc.errors import UsageError
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import (
-    Bank,
-    FeatureBatch,
-    FeatureSource,
-    bank_device,
-    bank_gib,
-    fill_bank,
-    format_gib,
-)
+from relloc.features.bank import Bank, bank_device, bank_gib, fill_bank, format_gib
+from relloc.features.source import FeatureBatch, FeatureSource
 from relloc.features.voting import vote
 from relloc.results import Score, closest_to_20
 from relloc.terminal import quantity

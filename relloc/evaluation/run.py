@@ -34,17 +34,9 @@ from relloc.evaluation.contract import (
     NamedEvaluation,
     print_nothing,
 )
+from relloc.features.bank import Bank, bank_device, bank_gib, fill_bank, format_gib, free_gib
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import (
-    Bank,
-    FeatureSource,
-    LiveFeatures,
-    bank_device,
-    bank_gib,
-    fill_bank,
-    format_gib,
-    free_gib,
-)
+from relloc.features.source import FeatureSource, LiveFeatures
 from relloc.models.backbone import Backbone
 from relloc.results import PERSON, Result, Score, folder_of_files
 from relloc.terminal import quantity

@@ -20,7 +20,7 @@ from relloc.data.image_set import ROLES, ImageSet, Role, Splits
 from relloc.data.views import check_view
 from relloc.errors import DataError, UsageError
 from relloc.evaluation.contract import Context, Evaluation
-from relloc.features.source import format_gib, free_gib
+from relloc.features.bank import format_gib, free_gib
 from relloc.results import Score
 from relloc.seeds import Use, seed_for
 from relloc.studies.best_images import BestImages, best_images, check_finite

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from relloc.data.image_set import ImageSet
 from relloc.errors import DataError, UsageError
-from relloc.features.source import SeededIndex, bank_device, format_gib, free_gib
+from relloc.features.bank import bank_device, format_gib, free_gib
+from relloc.features.source import SeededIndex
 from relloc.studies.patch_encoding import PatchEncoder, encode_patches, patch_dims
 from relloc.studies.patch_sets import MakeBoxes
 from relloc.terminal import quantity

@@ -14,7 +14,8 @@ from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.evals import knn as knn_module
 from relloc.evals.knn import Knn
-from relloc.features.source import Bank, FeatureBatch
+from relloc.features.bank import Bank
+from relloc.features.source import FeatureBatch
 from relloc.features.voting import vote
 from relloc.results import Score
 
@@ -214,7 +215,7 @@ from safetensors.torch import load_file
 from relloc import ranks
 from relloc.data.views import Center
 from relloc.evals.knn import Knn
-from relloc.features.source import Bank
+from relloc.features.bank import Bank
 from relloc.features.voting import vote
 
 ranks.join(torch.device("cpu"))

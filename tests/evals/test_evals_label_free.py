@@ -16,10 +16,11 @@ from relloc.data.views import Center
 from relloc.errors import UsageError
 from relloc.evals import label_free_files
 from relloc.evals.label_free import Dse, LabelFree, Lidar
+from relloc.features.bank import Bank
 from relloc.features.dense_structure import dense_structure, unit_places
 from relloc.features.lidar import ViewScatter
 from relloc.features.pool import pooled_layers
-from relloc.features.source import Bank, LiveFeatures
+from relloc.features.source import LiveFeatures
 from relloc.features.spectrum import alpha_req, rankme, stable_rank
 from relloc.figures.style import save_png
 from relloc.models.small import SmallBackbone

@@ -16,7 +16,8 @@ from relloc.errors import DataError
 from relloc.evals.linear import _DIVERGED, Linear, LinearFast, _best_head
 from relloc.evals.training import count_hits, draw_held_back
 from relloc.features.augment import JitterAndLighting
-from relloc.features.source import Bank, FeatureBatch
+from relloc.features.bank import Bank
+from relloc.features.source import FeatureBatch
 from relloc.results import CHOSEN_WITHOUT_TEST, Score
 
 CPU = torch.device("cpu")

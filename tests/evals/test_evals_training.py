@@ -12,7 +12,8 @@ from relloc.errors import DataError, UsageError
 from relloc.evals.heads import HeadSettings, Sgd
 from relloc.evals.training import HeadTraining, count_hits, draw_held_back
 from relloc.evaluation.contract import NullState
-from relloc.features.source import Bank, FeatureBatch
+from relloc.features.bank import Bank
+from relloc.features.source import FeatureBatch
 
 CPU = torch.device("cpu")
 N_CLASSES = 3

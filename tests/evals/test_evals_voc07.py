@@ -20,7 +20,7 @@ from relloc.errors import DataError, UsageError
 from relloc.evals.low_shot import Voc07LowShot, draw
 from relloc.evals.voc07_svm import Voc07Svm
 from relloc.evaluation.contract import Context, NamedEvaluation
-from relloc.features.source import Bank
+from relloc.features.bank import Bank
 from relloc.results import CHOSEN_WITHOUT_TEST, Result, Score
 
 CPU = torch.device("cpu")

@@ -29,8 +29,9 @@ from relloc.evaluation.contract import (
     log_nothing,
 )
 from relloc.evaluation.run import EvalPart, evaluate, fingerprint, group_parts, split_evaluation
+from relloc.features.bank import fill_bank
 from relloc.features.batch_norm import recalibrate
-from relloc.features.source import EncodeConfig, LiveFeatures, fill_bank
+from relloc.features.source import EncodeConfig, LiveFeatures
 from relloc.geometry import PatchGrid, ShortSide
 from relloc.models.small import SmallBackbone
 from relloc.patches.color import Keep

@@ -12,21 +12,9 @@ from torch import Tensor
 from relloc.data.folder import FolderImages
 from relloc.data.views import Center
 from relloc.errors import DataError, UsageError
-from relloc.features import source as source_module
+from relloc.features.bank import Bank, bank_device, bank_gib, fill_bank, format_gib, free_gib
 from relloc.features.pool import pooled_layers
-from relloc.features.source import (
-    Bank,
-    EncodeConfig,
-    FeatureBatch,
-    FeatureSource,
-    LiveFeatures,
-    bank_device,
-    bank_gib,
-    encode,
-    fill_bank,
-    format_gib,
-    free_gib,
-)
+from relloc.features.source import EncodeConfig, FeatureBatch, FeatureSource, LiveFeatures, encode
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.seeds import Use, seed_for
@@ -247,9 +235,8 @@ def test_a_bank_larger_than_memory_is_refused_before_anything_is_encoded(
     message = r"features of 3 images at avgpool take \d+ GiB.* cpu .* GiB free.*fewer layers"
     with pytest.raises(UsageError, match=message):
         fill_bank(Endless(), ["avgpool"], 2, CPU)
-    monkeypatch.setattr(
-        source_module, "free_gib", lambda device: 1e12
-    )  # another process was faster
+    # Another process was faster.
+    monkeypatch.setattr("relloc.features.bank.free_gib", lambda device: 1e12)
     with pytest.raises(UsageError, match=message):
         fill_bank(Endless(), ["avgpool"], 2, CPU)
 
@@ -259,9 +246,9 @@ def test_a_bank_fits_up_to_what_is_free(
 ) -> None:
     live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
     needed = bank_gib(live, LAYERS)
-    monkeypatch.setattr(source_module, "free_gib", lambda device: needed)
+    monkeypatch.setattr("relloc.features.bank.free_gib", lambda device: needed)
     assert fill_bank(live, LAYERS, 3, CPU).n == 7
-    monkeypatch.setattr(source_module, "free_gib", lambda device: 0.99 * needed)
+    monkeypatch.setattr("relloc.features.bank.free_gib", lambda device: 0.99 * needed)
     with pytest.raises(UsageError, match="name fewer layers"):
         fill_bank(live, LAYERS, 3, CPU)
     part = torch.arange(6)  # of six images there is room
