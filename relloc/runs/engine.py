@@ -215,6 +215,9 @@ def device(asked: str) -> torch.device:
     Raises:
         UsageError: "cuda" was asked for and there is no GPU, or fewer GPUs than processes.
     """
+    # CUDA reads this once, when it starts. By default 8 queues lead to a GPU, and streams beyond
+    # these share one: nvJPEG's, of which there are more, would wait for whole training steps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for "

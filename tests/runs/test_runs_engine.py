@@ -69,6 +69,17 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
         resolve_engine(asked(device="cuda"))
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "32"), ("8", "8")])
+def test_a_gpu_has_a_queue_for_each_stream_unless_the_environment_says_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    resolve_engine(asked(device="cpu"))
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == expected
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
