@@ -11,7 +11,7 @@ test:
 
 # The newest releases that pyproject.toml allows, in an environment of their own.
 newest:
-	python -m venv .venv-newest
+	python3 -m venv .venv-newest
 	.venv-newest/bin/pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
 	.venv-newest/bin/pip list
 	. .venv-newest/bin/activate && pytest -m 'not slow and not gpu'

@@ -74,6 +74,7 @@ _LATER: dict[str, Any] = {
     "grid.scale": None,
     "grid.yoked_scale": False,
     "pretext_answers": "classes",
+    "pretext_flip": 0,
     "model.backbone.last_stride": 2,
     "model.backbone.stem": "imagenet",
     "model.backbone.width": 1,

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relloc.data.cuts import Cut, Resampling, resample, square_of_resized
+from relloc.data.cuts import Cut, resample, square_of_resized
 from relloc.data.image_set import ImageSet, read_undecoded
 from relloc.data.images import Undecoded, size_of
 from relloc.data.loader import Reasons, Sample
@@ -38,8 +38,9 @@ class Crops(Dataset[Sample]):
     index. `Sample.unreadable` names the images that could not be read.
 
     For training (`centered` false) a crop is at a random position, and an image that can't be read
-    is replaced by the next one, so that batches stay full. For evaluation (`centered` true) it is
-    the center of the image, and no image is replaced.
+    is replaced by the next one, so that batches stay full, and it is mirrored left to right with
+    probability `flip`. For evaluation (`centered` true) it is the center of the image, and no image
+    is replaced or mirrored.
 
     Example:
         >>> crops = Crops(images, grid, use=Use.CROP, seed=0, centered=False)
@@ -52,6 +53,7 @@ class Crops(Dataset[Sample]):
     use: Use
     seed: int
     centered: bool
+    flip: float = 0.0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,22 +101,24 @@ class Crops(Dataset[Sample]):
         else:
             image = self.images.read(index)
             height, width = image.height, image.width
-        step = self._step(height, width, rng)
-        if isinstance(image, np.ndarray):
-            # An image that has its size already, as packing leaves it, is only cut.
-            if step.is_copy:
-                top, left, bottom, right = step.whole_box
-                return image[top:bottom, left:right]
-            image = Image.fromarray(image)
-        return np.asarray(resample(image, step))
+        cut = self._cut(height, width, rng)
+        (step,) = cut.steps
+        # An image that has its size already, as packing leaves it, is only cut.
+        if isinstance(image, np.ndarray) and step.is_copy:
+            top, left, bottom, right = step.whole_box
+            crop = image[top:bottom, left:right]
+        else:
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            crop = np.asarray(resample(image, step))
+        return crop[:, ::-1] if cut.mirrored else crop
 
     def _undecoded(self, index: int, rng: random.Random) -> tuple[Undecoded, Cut]:
         """Returns one image before it is decoded, and how to cut the crop that `_crop` returns."""
         image = read_undecoded(self.images, index)
-        step = self._step(*size_of(image), rng)
-        return image, Cut(steps=(step,))
+        return image, self._cut(*size_of(image), rng)
 
-    def _step(self, height: int, width: int, rng: random.Random) -> Resampling:
+    def _cut(self, height: int, width: int, rng: random.Random) -> Cut:
         """Returns how the crop of an image of `height` x `width` px is made.
 
         Raises:
@@ -133,4 +137,6 @@ class Crops(Dataset[Sample]):
         else:
             top = rng.randint(0, size[0] - side)
             left = rng.randint(0, size[1] - side)
-        return square_of_resized(height, width, size, (top, left), side)
+        step = square_of_resized(height, width, size, (top, left), side)
+        # Drawn last, so that the place of a crop does not depend on `flip`
+        return Cut(steps=(step,), mirrored=not self.centered and rng.random() < self.flip)

@@ -76,10 +76,11 @@ class Pretraining(RunSettings):
 
     `identity` maps the names of the settings that decide what is computed to their values: a run is
     resumed only with the same ones. `images_per_forward` and `collapse_steps` are None where they
-    follow from other settings.
+    follow from other settings. `flip` is the probability that an image is mirrored.
     """
 
     model: Model
+    flip: float
     training_patches: TrainingPatches
     questions: Questions
     schedule: Schedule
@@ -107,6 +108,7 @@ class Pretraining(RunSettings):
             checks.whole("collapse_steps", self.collapse_steps)
         checks.whole("report_every_steps", self.report_every_steps)
         checks.true_or_false("save_recalibrated", self.save_recalibrated)
+        checks.number("pretext_flip", self.flip, at_least=0, at_most=1)
         checks.numbers("milestones", self.milestones, at_least=0, may_be_empty=True)
         # Checks that the batches divide. One process divides them in the most ways; how many
         # processes there are is known only where the run starts.

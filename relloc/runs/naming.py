@@ -64,6 +64,8 @@ def _more_of_patches(settings: Pretraining) -> list[str]:
         words.append("yoked_jitter")
     if grid.scale is not None:
         words.append("scaled")
+    if settings.flip:
+        words.append("flip")
     for name in ("chroma_blur", "aperture", "rotation"):
         if getattr(settings.patches, name) is not None:
             words.append(name)

@@ -394,7 +394,12 @@ def has_kernels(backbone: Backbone, engine: Engine) -> bool:
 def _draw_patches(settings: Pretraining, data: Splits, folder: RunFolder) -> None:
     """Saves a picture of the patches of some training images."""
     crops = Crops(
-        data.train, settings.patches.grid, use=Use.PICTURE_CROP, seed=settings.seed, centered=False
+        data.train,
+        settings.patches.grid,
+        use=Use.PICTURE_CROP,
+        seed=settings.seed,
+        centered=False,
+        flip=settings.flip,
     )
     # Many data sets list their images class by class, so evenly spaced ones differ most.
     spacing = max(1, len(data.train) // _PICTURE_IMAGES)

@@ -180,7 +180,8 @@ def _feed(training: Training, first_step: int, unreadable: Unreadable) -> Feed:
     seed = training.settings.seed
     device = training.engine.device
     grid = training.settings.training_patches.grid
-    crops = Crops(training.data.train, grid, use=Use.CROP, seed=seed, centered=False)
+    flip = training.settings.flip
+    crops = Crops(training.data.train, grid, use=Use.CROP, seed=seed, centered=False, flip=flip)
     # The order of images follows from the seed and the step alone: a resumed run sees the same.
     sampler = StepSampler(
         plan, seed=seed, first_step=first_step, steps=training.task.steps, rank=ranks.rank()

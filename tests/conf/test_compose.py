@@ -124,7 +124,7 @@ def test_the_patches_of_mundhenk_are_110_px_shown_at_96(compose):
 def test_settings_of_runs_that_are_older_than_some_are_those_of_the_default(compose):
     config = compose("train", [])
     older = OmegaConf.to_container(config)
-    for name in ("pairs", "pretext_answers"):
+    for name in ("pairs", "pretext_answers", "pretext_flip"):
         del older[name]
     for name in ("yoked_jitter", "scale", "yoked_scale", "rows"):
         del older["grid"][name]

@@ -88,6 +88,29 @@ def test_random_crops_reach_every_edge_evenly() -> None:
     assert abs(np.corrcoef(corners.T)[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("size", [(40, 50), (90, 120)])  # only cut, and reduced first
+@pytest.mark.parametrize("resize", [None, ShortSide(px=40)])
+def test_every_other_crop_is_mirrored_in_its_place(
+    size: tuple[int, int], resize: ShortSide | None
+) -> None:
+    grid = PatchGrid(**SIZES, resize=resize)
+    crops = crops_of(Places([size]), grid, centered=False)
+    flipped = dataclasses.replace(crops, flip=0.5)
+    n_mirrored = 0
+    for seed in range(400):
+        plain = crops[0, seed].pixels
+        pixels = flipped[0, seed].pixels
+        is_mirrored = np.array_equal(pixels, plain[:, ::-1])
+        assert is_mirrored != np.array_equal(pixels, plain)
+        n_mirrored += is_mirrored
+    assert abs(n_mirrored - 200) < 4.5 * 100**0.5
+
+
+def test_centered_crops_are_never_mirrored() -> None:
+    crops = dataclasses.replace(crops_of(Places([(40, 50)]), AS_IT_IS, centered=True), flip=1.0)
+    assert copy_folder(crops[0, 0].pixels) == (5, 10)
+
+
 @pytest.mark.parametrize(
     ("size", "middle"),
     [((30, 30), (0, 0)), ((50, 70), (10, 20)), ((51, 70), (10, 20)), ((255, 31), (112, 0))],

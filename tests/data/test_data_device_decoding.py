@@ -169,7 +169,7 @@ def test_crops_are_those_that_workers_would_decode(
 ) -> None:
     """Images that can't be read are replaced by the same ones."""
     grid = dataclasses.replace(GRID, resize=resize)
-    crops = Crops(images, grid, use=Use.CROP, seed=3, centered=centered)
+    crops = Crops(images, grid, use=Use.CROP, seed=3, centered=centered, flip=0.5)
     both(crops, keys_of(len(images), 6))
 
 

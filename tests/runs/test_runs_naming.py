@@ -28,8 +28,14 @@ def test_a_pretraining_tells_its_grid_first_and_then_its_length_data_model_seed_
 
 
 def test_what_else_is_done_to_patches_comes_last() -> None:
-    words = ("grid.yoked_jitter=true", "grid.scale=[0.9,1.1]", "curriculum=linear")
-    assert name(*words) == "gap21 jit0..21 6ep photos small s0 gray yoked_jitter scaled curriculum"
+    words = (
+        "grid.yoked_jitter=true",
+        "grid.scale=[0.9,1.1]",
+        "pretext_flip=0.5",
+        "curriculum=linear",
+    )
+    of_patches = "yoked_jitter scaled flip curriculum"
+    assert name(*words) == f"gap21 jit0..21 6ep photos small s0 gray {of_patches}"
     groups = ("chroma_blur=mundhenk2018", "aperture=mundhenk2018")
     assert name(*groups) == "gap21 jit0..21 6ep photos small s0 gray chroma_blur aperture"
 
