@@ -65,7 +65,7 @@ class MeasuredHours:
 
 def _duration(hours: float) -> str:
     """Returns a duration in hours, minutes or seconds, whichever is easiest to read."""
-    if hours >= 0.1:
+    if hours >= 1:
         return f"{hours:.3g} h"
     if hours >= 1 / 60:
         return f"{60 * hours:.2g} min"

@@ -165,7 +165,7 @@ def test_hours_are_shown_with_the_card_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hours", "told"), [(4.9, "4.9 h"), (0.1, "0.1 h"), (0.021, "1.3 min"), (0.00205, "7.4 s")]
+    ("hours", "told"), [(4.9, "4.9 h"), (0.431, "26 min"), (0.021, "1.3 min"), (0.00205, "7.4 s")]
 )
 def test_short_times_are_told_in_minutes_and_seconds(hours: float, told: str) -> None:
     measured = MeasuredHours(
