@@ -1,12 +1,11 @@
 """All of relloc is imported with the shapes in its annotations checked at run time."""
 
-import os
 import signal
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from archives import unpack_real_images
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -55,11 +54,7 @@ def _place(item: pytest.Item) -> int:
 @pytest.fixture(scope="session")
 def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with imagenette_small/ and demo_photos/; for tests that are marked `data`."""
-    tars = os.environ.get("RELLOC_TEST_DATA")
-    if not tars:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
     folder = tmp_path_factory.mktemp("real_images")
     for name in ("imagenette_small", "demo_photos"):
-        with tarfile.open(Path(tars) / f"{name}.tar") as tar:
-            tar.extractall(folder, filter="data")
+        unpack_real_images(name, folder)
     return folder

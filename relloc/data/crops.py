@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
-from relloc.data.cuts import Cut, resample, square_of_resized
+from relloc.data.cuts import Cut, apply, square_of_resized
 from relloc.data.image_set import ImageSet, read_undecoded
 from relloc.data.images import Undecoded, size_of
 from relloc.data.loader import Reasons, Sample
@@ -37,10 +37,10 @@ class Crops(Dataset[Sample]):
     worker or process: all randomness comes from a seed made of `use`, `seed`, the numbers and the
     index. `Sample.unreadable` names the images that could not be read.
 
-    For training (`centered` false) a crop is at a random position, and an image that can't be read
-    is replaced by the next one, so that batches stay full, and it is mirrored left to right with
-    probability `flip`. For evaluation (`centered` true) it is the center of the image, and no image
-    is replaced or mirrored.
+    For training (`centered` false) a crop is at a random position, and mirrored left to right with
+    probability `flip`. An image that can't be read is replaced by the next one, so that batches
+    stay full. For evaluation (`centered` true) a crop is the center of the image, and no image is
+    replaced.
 
     Example:
         >>> crops = Crops(images, grid, use=Use.CROP, seed=0, centered=False)
@@ -102,16 +102,19 @@ class Crops(Dataset[Sample]):
             image = self.images.read(index)
             height, width = image.height, image.width
         cut = self._cut(height, width, rng)
-        (step,) = cut.steps
-        # An image that has its size already, as packing leaves it, is only cut.
-        if isinstance(image, np.ndarray) and step.is_copy:
-            top, left, bottom, right = step.whole_box
-            crop = image[top:bottom, left:right]
-        else:
-            if isinstance(image, np.ndarray):
-                image = Image.fromarray(image)
-            crop = np.asarray(resample(image, step))
-        return crop[:, ::-1] if cut.mirrored else crop
+        if isinstance(image, np.ndarray):
+            (step,) = cut.steps
+            # An image that has its size already, as packing leaves it, is only cut.
+            if step.is_copy:
+                top, left, bottom, right = step.whole_box
+                image = image[top:bottom, left:right]
+                if not cut.mirrored:
+                    return image
+                # NumPy would take several times as long to copy columns in the other order.
+                mirrored = Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                return np.asarray(mirrored)
+            image = Image.fromarray(image)
+        return np.asarray(apply(image, cut))
 
     def _undecoded(self, index: int, rng: random.Random) -> tuple[Undecoded, Cut]:
         """Returns one image before it is decoded, and how to cut the crop that `_crop` returns."""

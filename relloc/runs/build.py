@@ -70,12 +70,13 @@ def pretraining(config: DictConfig) -> Pretraining:
     settings = Pretraining(
         **_shared(config, given),
         model=_model(given["model"]),
-        # Settings of runs that are older than this one, and than pretext_answers, lack them.
+        # Settings of runs that are older than this one lack it.
         flip=given.get("pretext_flip", 0),
         training_patches=training_patches,
         questions=with_answers(
             _pairs(given, training_patches.patches.grid),
             training_patches.patches,
+            # Here, too
             given.get("pretext_answers", "classes"),
         ),
         schedule=call("schedule", given["schedule"]),

@@ -134,11 +134,16 @@ class Engine:
 
 
 def resolve_engine(asked: EngineSettings) -> Engine:
-    """Resolves settings for this machine, and sets torch's global switches for precision.
+    """Resolves settings for this machine, and sets global switches of torch and CUDA.
+
+    These are torch's switches for precision, and CUDA's number of queues.
 
     Raises:
         UsageError: this machine can't meet a setting.
     """
+    # CUDA reads this once, when it starts. By default 8 queues lead to a GPU, and streams beyond
+    # these share one: nvJPEG's, of which there are more, would wait for whole training steps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     on = device(asked.device)
     is_gpu = on.type == "cuda"
     precision = _precision(asked.precision, is_gpu=is_gpu)
@@ -215,9 +220,6 @@ def device(asked: str) -> torch.device:
     Raises:
         UsageError: "cuda" was asked for and there is no GPU, or fewer GPUs than processes.
     """
-    # CUDA reads this once, when it starts. By default 8 queues lead to a GPU, and streams beyond
-    # these share one: nvJPEG's, of which there are more, would wait for whole training steps.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device=cuda, but torch finds no GPU: check nvidia-smi and that torch was built for "

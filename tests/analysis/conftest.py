@@ -1,10 +1,10 @@
 """Recorded runs, for the notebooks and for what loads them."""
 
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
+from archives import unpack
 
 HERE = Path(__file__).parent
 # Modules beside the notebooks import each other by their names alone
@@ -16,8 +16,7 @@ RECORDED_RUNS = "/recorded/runs"
 def runs(tmp_path, monkeypatch) -> Path:
     """The recorded runs, in the folder that RELLOC_RUNS names."""
     folder = tmp_path / "runs"
-    with tarfile.open(HERE / "recorded.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    unpack(HERE / "recorded.tar.xz", folder)
     for file in folder.rglob("*.json*"):
         file.write_text(file.read_text().replace(RECORDED_RUNS, str(folder)))
     # MLflow keeps copies of results beside the runs, which are no runs

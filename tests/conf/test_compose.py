@@ -119,6 +119,7 @@ def test_the_patches_of_mundhenk_are_110_px_shown_at_96(compose):
     grid = settings.patches.grid
     assert (grid.cell_px, grid.pitch_px, grid.patch_px) == (110, 144, 96)
     assert settings.questions.n_outputs == 4 * 20
+    assert settings.flip == 0.5
 
 
 def test_settings_of_runs_that_are_older_than_some_are_those_of_the_default(compose):
@@ -129,7 +130,7 @@ def test_settings_of_runs_that_are_older_than_some_are_those_of_the_default(comp
     for name in ("yoked_jitter", "scale", "yoked_scale", "rows"):
         del older["grid"][name]
     now, then = build.pretraining(config), build.pretraining(OmegaConf.create(older))
-    assert (then.patches, then.questions) == (now.patches, now.questions)
+    assert (then.patches, then.questions, then.flip) == (now.patches, now.questions, now.flip)
     assert then.identity == now.identity
 
 

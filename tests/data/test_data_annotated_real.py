@@ -1,10 +1,9 @@
-import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from annotated_sets import checked
+from archives import unpack_real_images
 
 from relloc.data.annotated_folders import ObjectFolder
 from relloc.data.annotations import (
@@ -25,23 +24,14 @@ pytestmark = [
 ]
 
 
-def unpacked(name: str, folder: Path) -> Path:
-    tars = os.environ.get("RELLOC_TEST_DATA")
-    if not tars:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
-    with tarfile.open(Path(tars) / f"{name}.tar") as tar:
-        tar.extractall(folder, filter="data")
-    return folder / name
-
-
 @pytest.fixture(scope="module")
 def voc_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unpacked("voc_tiny", tmp_path_factory.mktemp("voc"))
+    return unpack_real_images("voc_tiny", tmp_path_factory.mktemp("voc"))
 
 
 @pytest.fixture(scope="module")
 def coco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unpacked("coco_tiny", tmp_path_factory.mktemp("coco"))
+    return unpack_real_images("coco_tiny", tmp_path_factory.mktemp("coco"))
 
 
 def test_boxes_of_voc_lie_in_their_images_and_nothing_is_wrong(voc_root: Path):

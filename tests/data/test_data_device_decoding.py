@@ -185,7 +185,7 @@ def test_packed_images_and_subsets_too(format: str, tmp_path: Path) -> None:
     packed = shards(root=str(tmp_path / "packed")).train
     both(Views(packed, VIEWS[1]), keys_of(len(packed), 4))
     both(
-        Crops(packed, GRID, use=Use.CROP, seed=0, centered=False),
+        Crops(packed, GRID, use=Use.CROP, seed=0, centered=False, flip=0.5),
         keys_of(len(packed), 4),
     )
     some = Subset(images=packed, indices=[3, 1])

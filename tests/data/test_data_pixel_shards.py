@@ -127,8 +127,10 @@ def test_others_can_read_the_tars(out: Path) -> None:
             assert np.array_equal(np.asarray(image), np.asarray(images.read(4)))
 
 
-def crops(images: ImageSet, grid: PatchGrid = GRID, *, centered: bool = False) -> Crops:
-    return Crops(images, grid, use=Use.CROP, seed=0, centered=centered)
+def crops(
+    images: ImageSet, grid: PatchGrid = GRID, *, centered: bool = False, flip: float = 0.5
+) -> Crops:
+    return Crops(images, grid, use=Use.CROP, seed=0, centered=centered, flip=flip)
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -182,7 +184,7 @@ def test_reading_copies_nothing(out: Path) -> None:
     images = shards(root=str(out)).train
     assert isinstance(images, ShardImages)
     pixels = images.read_array(0)
-    crop = crops(images)[0, 0].pixels
+    crop = crops(images, flip=0)[0, 0].pixels
     assert crop is not None
     assert np.shares_memory(pixels, crop)
     assert not crop.flags.writeable

@@ -94,6 +94,8 @@ def said_of(command: str, *words: str, made_by_jobs: Sequence[str] = ()) -> str 
             "recipe.images_per_batch_norm=1",
         ),
         (["pretext_answers=regression", "grid.patch_px=32", *WIDE_JITTER], "64 px nearer"),
+        (["pretext_flip=1.5"], "pretext_flip"),
+        (["pretext_flip=true"], "pretext_flip"),
         (["pretext_answers=regression", "curriculum=linear"], "curriculum.gap_px=8"),
         (["data=imagenette"], "data.root is not set"),
         (

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from relloc.checkpoints import states
 from relloc.data.image_set import Splits
+from relloc.data.loader import Unreadable
 from relloc.errors import DataError, UsageError
 from relloc.pretext.alarm import Diverged
 from relloc.pretext.stopping import StopRequest, stop_request
@@ -76,7 +77,9 @@ def prepared(settings: Pretraining, data: Splits, run_dir: Path, stop: StopReque
     )
 
 
-@pytest.mark.parametrize("words", [(), CURRICULUM], ids=["plain", "curriculum"])
+@pytest.mark.parametrize(
+    "words", [(), (*CURRICULUM, "pretext_flip=0.5")], ids=["plain", "curriculum"]
+)
 def test_stopped_after_each_step_it_ends_as_if_never_stopped(
     words: tuple[str, ...], data: Splits, tmp_path: Path, stop: StopRequest
 ) -> None:
@@ -113,7 +116,8 @@ def test_decoded_on_a_cpu_as_device_it_ends_with_the_same_weights(
     at_once: int,
     n_ghosts: int,
 ) -> None:
-    settings = composed("recipe.images_per_batch_norm=4", "images_per_forward=16")
+    words = ("recipe.images_per_batch_norm=4", "images_per_forward=16", "pretext_flip=0.5")
+    settings = composed(*words)
     usual = prepared(settings, data, tmp_path, stop)
     train_to_the_end(usual, usual.task.start(), None)
     monkeypatch.setattr(training, "_DECODED_AT_ONCE", at_once)
@@ -125,6 +129,18 @@ def test_decoded_on_a_cpu_as_device_it_ends_with_the_same_weights(
     expected = usual.task.model.state_dict()
     found = run.task.model.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_images_of_the_training_are_mirrored(
+    data: Splits, tmp_path: Path, stop: StopRequest
+) -> None:
+    batches = []
+    for flip in (0, 1):
+        run = prepared(composed(f"pretext_flip={flip}"), data, tmp_path, stop)
+        feed = training._feed(run, 0, Unreadable(n_images=len(data.train), most_share=0))
+        batches.append(next(iter(feed)).clone())
+    plain, mirrored = batches
+    assert torch.equal(mirrored, plain.flip(-1))
 
 
 def test_a_training_that_diverges_says_what_was_saved_and_what_to_try(

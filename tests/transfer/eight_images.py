@@ -1,12 +1,10 @@
 """Eight real images of each data set, read from a split of their own by the package's readers."""
 
 import json
-import os
 import shutil
-import tarfile
 from pathlib import Path
 
-import pytest
+from archives import unpack_real_images
 
 from relloc.data.coco import coco
 from relloc.data.image_set import Splits
@@ -59,7 +57,7 @@ def voc_presence(folder: Path) -> Splits:
 
 def coco_objects(folder: Path, n: int = 8) -> Splits:
     """Returns the last `n` images with boxes and masks."""
-    root = _unpacked("coco_tiny", folder)
+    root = unpack_real_images("coco_tiny", folder)
     annotations = root / "annotations"
     content = json.loads((annotations / "instances_train2017.json").read_text())
     chosen_ids = _COCO_IMAGES[-n:]
@@ -81,17 +79,8 @@ def _tested_on_what_is_trained(splits: Splits, n: int = 8) -> Splits:
 
 def _voc(folder: Path, n: int = 8) -> Path:
     """Unpacks VOC, and writes the list of the last `n` images for each kind of annotation."""
-    root = _unpacked("voc_tiny", folder)
+    root = unpack_real_images("voc_tiny", folder)
     for kind, names in (("Main", _VOC_IMAGES), ("Segmentation", _VOC_MASKS)):
         path = root / "VOCdevkit" / "VOC2012" / "ImageSets" / kind / f"{_SPLIT}.txt"
         path.write_text("\n".join(names[-n:]))
     return root
-
-
-def _unpacked(name: str, folder: Path) -> Path:
-    tars = os.environ.get("RELLOC_TEST_DATA")
-    if not tars:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
-    with tarfile.open(Path(tars) / f"{name}.tar") as tar:
-        tar.extractall(folder, filter="data")
-    return folder / name

@@ -1,8 +1,6 @@
 import csv
 import dataclasses
-import os
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from annotated_sets import write_coco
+from archives import unpack_real_images
 from contexts import context
 from resumed import Saved, check_resumed
 from torch import nn
@@ -371,15 +370,10 @@ def test_it_learns_to_find_rectangles_and_their_masks(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def coco_tiny(tmp_path_factory: pytest.TempPathFactory) -> Splits:
-    tars = os.environ.get("RELLOC_TEST_DATA")
-    if not tars:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
-    folder = tmp_path_factory.mktemp("coco")
-    with tarfile.open(Path(tars) / "coco_tiny.tar") as tar:
-        tar.extractall(folder, filter="data")
+    folder = unpack_real_images("coco_tiny", tmp_path_factory.mktemp("coco"))
     return coco(
         name="coco2017",
-        root=str(folder / "coco_tiny"),
+        root=str(folder),
         train="train2017",
         held_out="val2017",
     )

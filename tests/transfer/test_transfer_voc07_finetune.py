@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from archives import unpack_real_images
 from contexts import context
 from PIL import Image
 from resumed import Saved, check_resumed
@@ -414,12 +413,7 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], words: str) -> None:
 
 @pytest.mark.data
 def test_real_images_are_learned_by_the_network_of_the_paper(tmp_path: Path) -> None:
-    folder = os.environ.get("RELLOC_TEST_DATA")
-    if not folder:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
-    with tarfile.open(Path(folder) / "voc_tiny.tar") as tar:
-        tar.extractall(tmp_path, filter="data")
-    root = str(tmp_path / "voc_tiny")
+    root = str(unpack_real_images("voc_tiny", tmp_path))
     splits = voc(name="voc2012", root=root, year=2012, train="trainval", held_out="test")
     losses: list[float] = []
     config = EncodeConfig(batch=8, workers=2, device=CPU, precision="fp32", unreadable_share=0.0)

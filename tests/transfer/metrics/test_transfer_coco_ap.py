@@ -6,14 +6,13 @@ import dataclasses
 import io
 import json
 import math
-import os
 import tarfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from archives import real_images_tar
 from faster_coco_eval import mask as rasterizer
 
 from relloc.data.annotations import Mask, Objects, Polygons, RunLengths
@@ -258,10 +257,7 @@ def test_a_score_that_is_nan_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["boxes", "masks"])
 def test_real_annotations_give_what_pycocotools_says(kind: Kind) -> None:
     """Each object of COCO is found about three times, moved by up to 8 pixels."""
-    folder = os.environ.get("RELLOC_TEST_DATA")
-    if not folder:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
-    with tarfile.open(Path(folder) / "coco_tiny.tar") as tar:
+    with tarfile.open(real_images_tar("coco_tiny")) as tar:
         member = tar.extractfile("coco_tiny/annotations/instances_train2017.json")
         assert member is not None
         annotated = json.load(member)

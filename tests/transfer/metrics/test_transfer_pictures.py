@@ -1,11 +1,11 @@
 import dataclasses
-import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from archives import real_images_tar
 from PIL import Image
 from torch import Tensor
 
@@ -135,10 +135,7 @@ def test_the_palette_is_that_of_vocs_masks() -> None:
 
 @pytest.mark.data
 def test_the_palette_is_that_in_vocs_files() -> None:
-    folder = os.environ.get("RELLOC_TEST_DATA")
-    if not folder:
-        pytest.skip("RELLOC_TEST_DATA does not name the folder of real images")
-    with tarfile.open(Path(folder) / "voc_tiny.tar") as tar:
+    with tarfile.open(real_images_tar("voc_tiny")) as tar:
         name = next(name for name in tar.getnames() if "/SegmentationClass/" in name)
         mask = tar.extractfile(name)
         assert mask is not None
