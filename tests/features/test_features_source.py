@@ -1,5 +1,4 @@
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from relloc.data.folder import FolderImages
 from relloc.data.views import Center
-from relloc.errors import DataError, UsageError
-from relloc.features.bank import Bank, bank_device, bank_gib, fill_bank, format_gib, free_gib
+from relloc.errors import DataError
+from relloc.features.bank import fill_bank
 from relloc.features.pool import pooled_layers
-from relloc.features.source import EncodeConfig, FeatureBatch, FeatureSource, LiveFeatures, encode
+from relloc.features.source import EncodeConfig, FeatureSource, LiveFeatures, encode
 from relloc.models.resnet import ResNetBackbone
 from relloc.models.small import SmallBackbone
 from relloc.seeds import Use, seed_for
@@ -193,87 +192,6 @@ def test_progress_sees_every_batch(tmp_path: Path, backbone: SmallBackbone) -> N
     gathered(live, range(7), 3)
     assert reported == [("features of noise train", 3)]
     assert len(counted) == 3
-
-
-def test_bank_gib_is_the_memory_that_the_bank_takes(
-    tmp_path: Path, backbone: SmallBackbone
-) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
-    bank = fill_bank(live, LAYERS, 3, CPU)
-    taken = sum(rows.untyped_storage().nbytes() for rows in bank.features.values())
-    assert bank_gib(live, LAYERS) * 2**30 == pytest.approx(taken)
-    imagenet = Bank(  # 1.28 million rows of 2048 numbers are 10.5 GB (protocols.md 3.7)
-        features={"avgpool": torch.empty(1, 2048).expand(1_281_167, 2048)},
-        labels=torch.zeros(1, dtype=torch.int64).expand(1_281_167),
-        n_classes=1000,
-        channels={"avgpool": 2048},
-    )
-    assert bank_gib(imagenet, ["avgpool"]) * 2**30 == pytest.approx(10.5e9, rel=0.01)
-
-
-def test_a_bank_stays_on_the_cpu_where_the_cpu_computes() -> None:
-    assert bank_device(0.001, CPU) == CPU
-
-
-class Endless:
-    """A source whose features nobody has the memory for; to ask for one is an error."""
-
-    n, n_classes, channels, dims = (
-        3,
-        2,
-        {"avgpool": 8},
-        {"avgpool": 10**15},
-    )  # 11 PiB: beyond any address
-
-    def batches(self, *_: object) -> Iterator[FeatureBatch]:
-        raise AssertionError("images are encoded before there is room for them")
-
-
-def test_a_bank_larger_than_memory_is_refused_before_anything_is_encoded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    message = r"features of 3 images at avgpool take \d+ GiB.* cpu .* GiB free.*fewer layers"
-    with pytest.raises(UsageError, match=message):
-        fill_bank(Endless(), ["avgpool"], 2, CPU)
-    # Another process was faster.
-    monkeypatch.setattr("relloc.features.bank.free_gib", lambda device: 1e12)
-    with pytest.raises(UsageError, match=message):
-        fill_bank(Endless(), ["avgpool"], 2, CPU)
-
-
-def test_a_bank_fits_up_to_what_is_free(
-    tmp_path: Path, backbone: SmallBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live = LiveFeatures(backbone, write_images(tmp_path, 7), reading(), VIEW)
-    needed = bank_gib(live, LAYERS)
-    monkeypatch.setattr("relloc.features.bank.free_gib", lambda device: needed)
-    assert fill_bank(live, LAYERS, 3, CPU).n == 7
-    monkeypatch.setattr("relloc.features.bank.free_gib", lambda device: 0.99 * needed)
-    with pytest.raises(UsageError, match="name fewer layers"):
-        fill_bank(live, LAYERS, 3, CPU)
-    part = torch.arange(6)  # of six images there is room
-    assert fill_bank(live, LAYERS, 3, CPU, part).n == 6
-
-
-@pytest.mark.skipif(
-    not Path("/proc/meminfo").exists(), reason="what Linux calls available is compared"
-)
-def test_free_memory_is_what_linux_calls_available() -> None:
-    (line,) = (
-        line
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    assert free_gib(CPU) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.2)
-    assert 0 < free_gib(CPU) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-@pytest.mark.parametrize(
-    ("gib", "words"),
-    [(0.00123456, "0.00123 GiB"), (9.7744, "9.77 GiB"), (210.49, "210 GiB"), (1234, "1234 GiB")],
-)
-def test_little_memory_keeps_its_digits(gib: float, words: str) -> None:
-    assert format_gib(gib) == words
 
 
 def test_full_batches_are_encoded_by_what_was_compiled_and_others_as_they_are(
