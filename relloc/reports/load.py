@@ -14,7 +14,7 @@ from relloc.tracking.record import RUN_FILE, RunRecord
 from relloc.tracking.unfinished import unfinished_training
 from relloc.tracking.watched import read_watched
 
-UNKNOWN_COMMIT = "unknown commit"
+UNKNOWN_COMMIT = "unknown"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from relloc.checkpoints.paths import BACKBONE_FILE
 from relloc.evaluation.contract import EvaluatedModel
+from relloc.patches.normalize import PerPatch
 from relloc.pretext.answers import OffsetRegression
 from relloc.pretext.questions import CENTER_PAIRS
 from relloc.results import NO_FILES
@@ -30,12 +31,21 @@ _GENERIC_FILE_NAMES = (
     "weights",
 )
 
+# Settings of a network, by their group, with the usual value
+_NETWORK = (
+    ("backbone", "last_stride", 2),
+    ("backbone", "stem", "imagenet"),
+    ("backbone", "width", 1),
+    ("head", "embed_dim", None),
+)
+
 
 def pretraining_name(settings: Pretraining, color: str) -> str:
     """Returns the name of a pretraining run, such as `gap21 jit0..21 70ep in1k r50 s0 gray`.
 
     That is a gap of 21 px, a jitter from 0 to 21 px, 70 epochs on ImageNet-1k, a ResNet-50, seed 0
-    and gray patches. `color` is the member of conf/color. What else is done to patches follows.
+    and gray patches. `color` is the member of conf/color. What else is done to patches, and what is
+    unusual about the network, follows.
     """
     grid = settings.patches.grid
     jitter = str(grid.jitter_px)
@@ -50,7 +60,7 @@ def pretraining_name(settings: Pretraining, color: str) -> str:
         f"s{settings.seed}",
         color,
     )
-    return " ".join([*words, *_more_of_patches(settings)])
+    return " ".join([*words, *_more_of_patches(settings), *_more_of_network(settings)])
 
 
 def _more_of_patches(settings: Pretraining) -> list[str]:
@@ -69,10 +79,27 @@ def _more_of_patches(settings: Pretraining) -> list[str]:
     for name in ("chroma_blur", "aperture", "rotation"):
         if getattr(settings.patches, name) is not None:
             words.append(name)
+    if isinstance(settings.patches.normalize, PerPatch):
+        words.append("patch_normalized")
     if settings.training_patches.curriculum is not None:
         words.append("curriculum")
     if isinstance(settings.questions, OffsetRegression):
         words.append("regression")
+    return words
+
+
+def _more_of_network(settings: Pretraining) -> list[str]:
+    """Returns words for what sets a network apart from others of its name."""
+    network = settings.model.settings
+    words = []
+    for group, name, usual in _NETWORK:
+        value = network.get(group, {}).get(name, usual)
+        if value != usual:
+            words.append(f"{name}={value}")
+    if settings.batch_norm == "joint" and settings.questions.have_center:
+        words.append("joint_batch_norm")
+    if settings.batch_norm == "cell":
+        words.append("cell_batch_norm")
     return words
 
 

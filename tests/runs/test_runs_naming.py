@@ -40,6 +40,17 @@ def test_what_else_is_done_to_patches_comes_last() -> None:
     assert name(*groups) == "gap21 jit0..21 6ep photos small s0 gray chroma_blur aperture"
 
 
+def test_what_is_unusual_about_the_network_is_told() -> None:
+    usual = "gap21 jit0..21 6ep photos r50 s0 gray"
+    finer = ("model=resnet50", "model.backbone.last_stride=1", "model.head.embed_dim=1000")
+    assert name("model=resnet50") == usual
+    assert name(*finer) == f"{usual} last_stride=1 embed_dim=1000"
+    together = ("model=resnet50", "normalize=patch", "pretext_batch_norm=joint")
+    assert name(*together) == f"{usual} patch_normalized joint_batch_norm"
+    pairs = name("model=resnet50", "pairs=adjacent")
+    assert pairs == f"{usual} 40pairs"
+
+
 def test_trainings_of_other_length_or_data_have_other_names() -> None:
     runs = (
         ["data=in1k"],
