@@ -76,7 +76,7 @@ def pretraining(config: DictConfig) -> Pretraining:
         questions=with_answers(
             _pairs(given, training_patches.patches.grid),
             training_patches.patches,
-            # Here, too
+            # Older ones lack this one, too.
             given.get("pretext_answers", "classes"),
         ),
         schedule=call("schedule", given["schedule"]),
