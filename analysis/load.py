@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,7 @@ PANEL = (
 LINE = ("weights", "study", "settings", "train_images", "batch_norm")
 # Settings of evaluations that change no number, and those that a row has in fields of its own
 _NOT_OF_EVALUATION = ("batch", "bank_gib", "layers")
+_MEMBER = "_target_"  # the setting that tells which member of a group was chosen
 MOST_PANELS = 6
 _CONFIDENCE = 0.95
 _HASH_DIGITS = 8
@@ -474,27 +476,34 @@ def line_names(frame: Frame) -> dict[tuple[str, ...], str]:
     """Returns a short name for each line (`LINE`) of the rows, ordered as figures show them.
 
     Pretrainings are named by the settings in which they differ, such as "gap 0, jitter 7", in the
-    order of these; random and supervised weights come last.
+    order of these. Of more than three settings, as in an ablation, each has those that most others
+    have otherwise. Random and supervised weights come last.
     """
     lines = frame.drop_duplicates(list(LINE))
-    settings = differing_settings(frame)
+    settings = _without_parts(differing_settings(frame))
+    usual: dict[str, str] = {}
+    if len(settings) > 3:
+        trained = lines.loc[lines["weights"] == "pretrained", "pretraining"]
+        for name in settings:
+            usual[name] = Counter(_text(each.get(name)) for each in trained).most_common(1)[0][0]
     keyed = []
     for _, row in lines.iterrows():
         key = tuple(row[field] for field in LINE)
-        words = []
+        values = {name: _text(row["pretraining"].get(name)) for name in settings}
         if row["weights"] != "pretrained":
-            words.append(row["weights"])
+            words = [row["weights"]]
         elif settings:
-            for name in list(settings)[:3]:
-                words.append(f"{short_setting(name)} {_text(row['pretraining'].get(name))}")
+            own = [name for name, value in values.items() if value != usual.get(name)]
+            words = [f"{short_setting(name)} {_short_value(values[name])}" for name in own]
+            words = words or ["none of these"]
         else:
-            words.append(row["study"] if lines["study"].nunique() > 2 else "pretrained")
-        values = [_size(_text(row["pretraining"].get(name))) for name in settings]
+            words = [row["study"] if lines["study"].nunique() > 2 else "pretrained"]
         recalibrated = row["batch_norm"] == "recalibrated"
         if recalibrated and frame["batch_norm"].nunique() > 1:
             words.append("recalibrated")
         is_reference = row["weights"] != "pretrained"
-        keyed.append(((is_reference, values, row["study"], recalibrated), key, ", ".join(words)))
+        order = [_size(value) for value in values.values()]
+        keyed.append(((is_reference, order, row["study"], recalibrated), key, ", ".join(words)))
     keyed.sort(key=lambda each: each[0])
     names = {}
     for _, key, name in keyed:
@@ -504,10 +513,21 @@ def line_names(frame: Frame) -> dict[tuple[str, ...], str]:
     return names
 
 
+def _without_parts(settings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns the names of settings, without those of a group whose members differ as a whole."""
+    whole = tuple(name.removesuffix(_MEMBER) for name in settings if name.endswith(_MEMBER))
+    return [name for name in settings if name.endswith(_MEMBER) or not name.startswith(whole)]
+
+
 def short_setting(name: str) -> str:
     """Returns the name of a setting for a legend: "grid.gap_px" is "gap"."""
-    _, _, last = name.rpartition(".")
+    _, _, last = name.removesuffix(f".{_MEMBER}").rpartition(".")
     return last.removesuffix("_px")
+
+
+def _short_value(text: str) -> str:
+    """Returns the value of a setting for a legend: "relloc.patches.color.Gray" is "Gray"."""
+    return text.rpartition(".")[2] if text.startswith("relloc.") else text
 
 
 def as_frame(rows: Any) -> Frame:

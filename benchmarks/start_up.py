@@ -9,6 +9,9 @@ Python's own account (-X importtime), which makes it slower.
 `--compiled` times compiled starts alone, one after the other with one cache of compiled code: with
 an empty cache; in another process; with another gap; and as torch caches by default, where networks
 with ghost batch norm are traced and differentiated in each process.
+
+`--evaluations` times starts of `relloc.evaluate` alone, from the command until the network has been
+given the first batch of images, cold and warm, one after the other with one cache of compiled code.
 """
 
 import os
@@ -54,10 +57,26 @@ TRAINING = (
     "monitor.every_epochs=null",
     "workers=0",
 )
+EVALUATION = ("checkpoint=random", "tracking=none")
 # A setting of torch, and the value with which it leaves out networks with functions of their own
 DEFAULT_CACHE = {"TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "0"}
 # torch checks in each process whether the vector instructions of a CPU work, for about 15 s
 NO_CHECK = {"TORCHINDUCTOR_VEC_ISA_OK": "1"}
+# Runs relloc.evaluate until it asks for a second batch, which it does once the first is encoded
+FIRST_BATCH = """
+import os, runpy, time
+from relloc.features.source import EncodeConfig
+
+read = EncodeConfig.read
+
+def first(*arguments, **named):
+    yield next(read(*arguments, **named))
+    print("first batch at", time.time(), flush=True)
+    os._exit(0)
+
+EncodeConfig.read = first
+runpy.run_module("relloc.evaluate", run_name="__main__")
+"""
 # In this order: the first fills the cache
 COMPILED: dict[str, tuple[str, dict[str, str]]] = {
     "cold": ("grid.gap_px=5", {}),
@@ -73,12 +92,15 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="time compiled starts, cold and warm"
     )
+    parser.add_argument("--evaluations", action="store_true", help="time starts of relloc.evaluate")
     parser.add_argument("--device", default="cpu", help="where the first steps are taken")
     parser.add_argument(
         "--cache", type=Path, help="a new folder that compiled code of --compiled is left in"
     )
     parser.add_argument(
-        "overrides", nargs="*", help="settings of the trainings, such as model=resnet50"
+        "overrides",
+        nargs="*",
+        help="settings of the trainings or evaluations, such as model=resnet50",
     )
     options = parser.parse_args()
     words = [f"device={options.device}", *options.overrides]
@@ -87,6 +109,11 @@ def main() -> None:
             parser.error(f"--cache {options.cache} is there already: the first start would be warm")
         rows = _compiled_rows(words, options.rounds, options.cache)
         tell("start-up, compiled", rows, {}, options.json, settings=vars(options))
+        return
+
+    if options.evaluations:
+        rows = _evaluation_rows(words, options.rounds)
+        tell("start-up of evaluations", rows, {}, options.json, settings=vars(options))
         return
 
     def median(what: str, *command: str) -> dict[str, Any]:
@@ -123,12 +150,14 @@ def _median(taken: Sequence[tuple[float, ...]], place: int) -> float:
     return statistics.median(pair[place] for pair in taken)
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="relloc_start_") as folder:
-        environment = os.environ | {"RELLOC_RUNS": folder}
+        variables = os.environ | {"RELLOC_RUNS": folder} | (environment or {})
         line = [sys.executable, *command]
         done = subprocess.run(
-            line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LONGEST_S
+            line, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=LONGEST_S
         )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
@@ -175,6 +204,33 @@ def _compiled_rows(words: Sequence[str], rounds: int, kept: Path | None) -> list
         }
         for name, times in taken.items()
     ]
+
+
+def _evaluation_rows(words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """First batches of evaluations, each round with an empty cache at first."""
+    taken: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": [], "warm again": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="relloc_compiled_") as cache:
+            for times in taken.values():
+                times.append(_first_batch_s(words, {"TORCHINDUCTOR_CACHE_DIR": cache} | NO_CHECK))
+    return [
+        {
+            "what": f"relloc.evaluate, {name}",
+            "first batch s": _median(times, 0),
+            "processor s": _median(times, 1),
+        }
+        for name, times in taken.items()
+    ]
+
+
+def _first_batch_s(words: Sequence[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds from the command's start until its first batch is encoded, and of the processor."""
+    started, processor = time.time(), _children_s()
+    said = _run("-c", FIRST_BATCH, *EVALUATION, *words, environment=environment).stdout
+    _, found, told = said.partition("first batch at ")
+    if not found:
+        raise SystemExit(f"relloc.evaluate {' '.join(words)} encoded nothing:\n{said[-2000:]}")
+    return float(told.split()[0]) - started, _children_s() - processor
 
 
 def _first_step_s(*words: str) -> tuple[float, float]:

@@ -1,10 +1,11 @@
-"""The resolvers of conf/: `${scaled:…}`, `${scaled_whole:…}`, `${images_of:…}`, `${shards_of:…}`.
+"""The resolvers of conf/: `${scaled:…}`, `${images_of:…}` and the like, and `${unique:}`.
 
 Nothing here imports torch.
 """
 
 import functools
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,25 @@ def _returning_node(resolver: Callable[..., Any]) -> Callable[..., Any]:
     return resolve
 
 
+@functools.cache
+def random_suffix(pid: int) -> str:
+    """Returns six random hexadecimal digits, the same for every call in one process.
+
+    `pid` is only the key of the cache: a forked process gets another suffix than its parent.
+    """
+    del pid
+    return secrets.token_hex(3)
+
+
+def unique() -> str:
+    """Returns six random hexadecimal digits for the default names of runs and sweeps.
+
+    They distinguish this command from another that was started in the same second.
+    """
+    return random_suffix(os.getpid())
+
+
+OmegaConf.register_new_resolver("unique", unique, replace=True)
 for _resolver in (scaled, scaled_whole, images_of, shards_of):
     OmegaConf.register_new_resolver(
         _resolver.__name__,

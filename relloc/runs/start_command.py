@@ -7,7 +7,6 @@ import contextlib
 import errno
 import functools
 import os
-import secrets
 import sys
 import tempfile
 import warnings
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from relloc import terminal
 from relloc.errors import UsageError
-from relloc.runs import command_line, data_of_run, explaining, setting_help
+from relloc.runs import command_line, data_of_run, explaining, resolvers, setting_help
 from relloc.runs.command_line import CommandLine
 from relloc.runs.data_of_run import RunData
 from relloc.runs.launcher_words import with_one_value_each
@@ -90,7 +89,7 @@ def start_command(task: Callable[..., None], config_name: str) -> NoReturn:
     warnings.showwarning = _show_warning
     # One process may start several commands, as tests do: each gets its own random suffix for its
     # folder's name.
-    _random_suffix.cache_clear()
+    resolvers.random_suffix.cache_clear()
     with contextlib.ExitStack() as at_end, _explained(config_name, show_all):
         OmegaConf.register_new_resolver("scratch", _Scratch(at_end), replace=True)
         # `--help SETTING` is answered here; a bare --help is left to Hydra.
@@ -154,29 +153,6 @@ def _refuse_name_of_sweep(hydra_config: Any) -> None:
             raise UsageError(
                 f"{word} names a sweep, and this is one run: start it with -m, or leave sweep= out"
             )
-
-
-@functools.cache
-def _random_suffix(pid: int) -> str:
-    """Returns six random hexadecimal digits, the same for every call in one process.
-
-    `pid` is only the key of the cache: a forked process gets another suffix than its parent.
-    """
-    del pid
-    return secrets.token_hex(3)
-
-
-def _unique() -> str:
-    """Returns what `${unique:}` in a config stands for: six random hexadecimal digits.
-
-    They distinguish this command from another that was started in the same second.
-    """
-    return _random_suffix(os.getpid())
-
-
-# Registered at import, since the default names of runs and sweeps need it wherever conf/ is
-# composed.
-OmegaConf.register_new_resolver("unique", _unique, replace=True)
 
 
 def _prepare_words(given: CommandLine, config_name: str) -> RunData | None:

@@ -104,6 +104,24 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line(here):
     assert means["high"].iloc[0] == pytest.approx(5 + 12.706 * 5, abs=0.01)
 
 
+def test_lines_of_an_ablation_have_what_sets_them_apart(here):
+    base = {"grid.gap_px": 32, "grid.yoked_scale": False, "color._target_": "relloc.patches.Drop"}
+    changes = {
+        "nothing": {},
+        "gray": {"color._target_": "relloc.patches.Gray", "color.p": 0.66},
+        "scaled": {"grid.gap_px": 21, "grid.yoked_scale": True},
+        "flip": {"pretext_flip": 0.5},
+    }
+    for name, changed in changes.items():
+        write_run(here / name, row(fingerprint=name), name=name, params=base | changed)
+    found = load.load_results()
+    names = {"none of these", "color Gray", "gap 21, yoked_scale True", "pretext_flip 0.5"}
+    assert set(load.line_names(found).values()) == names
+    # Of few settings each line has all
+    two = found[found["folder"].isin(["nothing", "gray"])]
+    assert set(load.line_names(two).values()) == {"color Drop", "color Gray"}
+
+
 def test_copies_of_a_measurement_count_once(here):
     write_run(here / "a", row(checkpoint="random", value=3.0))
     copy = row(checkpoint="random", value=3.0, measured_in=str(here / "a"))

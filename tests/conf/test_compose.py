@@ -82,7 +82,7 @@ def test_the_groups_and_members_are_those_of_the_study():
     assert members("eval") == EVALS
     assert members("tracking") == ["none", "server", "sqlite"]
     published = ["card2022", "doersch2015", "google2019", "known_answers"]
-    others = ["ablation", "allpairs", "curriculum", "mundhenk2018", "offgrid"]
+    others = ["ablation", "allpairs", "best", "curriculum", "mundhenk2018", "offgrid"]
     assert members("experiment") == sorted([*published, *others, "gap_jitter", "gap_jitter_small"])
 
 
@@ -359,6 +359,9 @@ def test_a_preset_only_overrides(compose, preset):
     alone.pop("hydra", None)
     choices = []
     for line in alone.pop("defaults"):
+        if isinstance(line, str):  # a preset that builds on another
+            choices.append(f"experiment={line}")
+            continue
         [(group, member)] = line.items()
         # Other lines add a data set to an evaluation.
         prefix = "" if group.startswith("override ") else "+"

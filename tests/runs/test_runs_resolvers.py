@@ -1,5 +1,7 @@
 """Spans that scale with the epochs, and where the images of evaluations lie."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,18 @@ SPANS = st.lists(st.floats(0.01, 0.99), max_size=4, unique=True).map(sorted)
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RELLOC_DATA", "RELLOC_IN1K", "RELLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_whoever_composes_settings_can_have_default_names() -> None:
+    """Scripts that start no command compose them too."""
+    asked = (
+        "import sys, relloc.runs.settings; from omegaconf import OmegaConf; "
+        "assert 'relloc.runs.start_command' not in sys.modules; "
+        "print(OmegaConf.create({'name': '${unique:}'}).name)"
+    )
+    name = subprocess.check_output([sys.executable, "-c", asked], text=True).strip()
+    assert len(name) == 6
+    int(name, base=16)
 
 
 def composed(*words: str, command: str = "train") -> DictConfig:
