@@ -45,7 +45,9 @@ def test_maps_are_those_of_the_network(name: str) -> None:
     found = FusedResNet(backbone, torch.float32)(images)
     assert list(found) == list(STAGES)
     for stage, maps in expected.items():
-        torch.testing.assert_close(found[stage], maps, rtol=1e-4, atol=1e-4)
+        # Rounding grows with the values of a map, which are near 100 in a ResNet-50, and depends on
+        # the processor.
+        torch.testing.assert_close(found[stage], maps, rtol=0, atol=1e-5 * float(maps.abs().max()))
 
 
 @torch.no_grad()
