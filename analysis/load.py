@@ -475,17 +475,16 @@ def _how_to_select(frame: Frame) -> str:
 def line_names(frame: Frame) -> dict[tuple[str, ...], str]:
     """Returns a short name for each line (`LINE`) of the rows, ordered as figures show them.
 
-    Pretrainings are named by the settings in which they differ, such as "gap 0, jitter 7", in the
-    order of these. Of more than three settings, as in an ablation, each has those that most others
-    have otherwise. Random and supervised weights come last.
+    Pretrainings are named by the first three settings in which they differ, such as "gap 0, jitter
+    7", and are in the order of these. In an ablation, where they differ in more and most of them
+    have the usual value of each, they are named by what is unusual. Random and supervised weights
+    come last.
     """
     lines = frame.drop_duplicates(list(LINE))
-    settings = _without_parts(differing_settings(frame))
-    usual: dict[str, str] = {}
-    if len(settings) > 3:
-        trained = lines.loc[lines["weights"] == "pretrained", "pretraining"]
-        for name in settings:
-            usual[name] = Counter(_text(each.get(name)) for each in trained).most_common(1)[0][0]
+    trained = lines[lines["weights"] == "pretrained"].drop_duplicates("settings")
+    pretrainings: list[Mapping[str, Any]] = list(trained["pretraining"])
+    settings = _without_parts(list(differing_settings(frame)), pretrainings)
+    usual = _usual_values(settings, pretrainings) if len(settings) > 3 else None
     keyed = []
     for _, row in lines.iterrows():
         key = tuple(row[field] for field in LINE)
@@ -493,9 +492,11 @@ def line_names(frame: Frame) -> dict[tuple[str, ...], str]:
         if row["weights"] != "pretrained":
             words = [row["weights"]]
         elif settings:
-            own = [name for name, value in values.items() if value != usual.get(name)]
+            own = list(settings)[:3]
+            if usual:
+                own = [name for name, value in values.items() if value != usual[name]]
             words = [f"{short_setting(name)} {_short_value(values[name])}" for name in own]
-            words = words or ["none of these"]
+            words = words or ["usual settings"]
         else:
             words = [row["study"] if lines["study"].nunique() > 2 else "pretrained"]
         recalibrated = row["batch_norm"] == "recalibrated"
@@ -513,10 +514,35 @@ def line_names(frame: Frame) -> dict[tuple[str, ...], str]:
     return names
 
 
-def _without_parts(settings: Mapping[str, Sequence[str]]) -> list[str]:
-    """Returns the names of settings, without those of a group whose members differ as a whole."""
-    whole = tuple(name.removesuffix(_MEMBER) for name in settings if name.endswith(_MEMBER))
-    return [name for name in settings if name.endswith(_MEMBER) or not name.startswith(whole)]
+def _without_parts(names: Sequence[str], pretrainings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns names of settings without those that follow from the member of their group.
+
+    Colors are dropped or gray, say; that a probability is only of gray ones needs no telling, but
+    two probabilities do.
+    """
+    told = []
+    for name in names:
+        group, _, part = name.rpartition(".")
+        member = f"{group}.{_MEMBER}"
+        values = {(_text(each.get(member)), _text(each.get(name))) for each in pretrainings}
+        follows = len(values) == len({of_member for of_member, _ in values})
+        if part == _MEMBER or member not in names or not follows:
+            told.append(name)
+    return told
+
+
+def _usual_values(
+    names: Sequence[str], pretrainings: Sequence[Mapping[str, Any]]
+) -> dict[str, str] | None:
+    """Returns the value of each setting that more than half have; none where one has no such."""
+    usual = {}
+    for name in names:
+        counts = Counter(_text(each.get(name)) for each in pretrainings)
+        [(value, n_with_it)] = counts.most_common(1)
+        if 2 * n_with_it <= len(pretrainings):
+            return None
+        usual[name] = value
+    return usual
 
 
 def short_setting(name: str) -> str:

@@ -12,6 +12,7 @@ with ghost batch norm are traced and differentiated in each process.
 
 `--evaluations` times starts of `relloc.evaluate` alone, from the command until the network has been
 given the first batch of images, cold and warm, one after the other with one cache of compiled code.
+Their processor seconds leave out the processes that read.
 """
 
 import os
@@ -89,10 +90,11 @@ COMPILED: dict[str, tuple[str, dict[str, str]]] = {
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--compiled", action="store_true", help="time compiled starts, cold and warm"
     )
-    parser.add_argument("--evaluations", action="store_true", help="time starts of relloc.evaluate")
+    which.add_argument("--evaluations", action="store_true", help="time starts of relloc.evaluate")
     parser.add_argument("--device", default="cpu", help="where the first steps are taken")
     parser.add_argument(
         "--cache", type=Path, help="a new folder that compiled code of --compiled is left in"
@@ -104,6 +106,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     words = [f"device={options.device}", *options.overrides]
+    if options.cache and not options.compiled:
+        parser.error("--cache is of --compiled alone")
     if options.compiled:
         if options.cache and options.cache.exists():
             parser.error(f"--cache {options.cache} is there already: the first start would be warm")

@@ -115,11 +115,25 @@ def test_lines_of_an_ablation_have_what_sets_them_apart(here):
     for name, changed in changes.items():
         write_run(here / name, row(fingerprint=name), name=name, params=base | changed)
     found = load.load_results()
-    names = {"none of these", "color Gray", "gap 21, yoked_scale True", "pretext_flip 0.5"}
+    names = {"usual settings", "color Gray", "gap 21, yoked_scale True", "pretext_flip 0.5"}
     assert set(load.line_names(found).values()) == names
-    # Of few settings each line has all
+    # Of few settings, and where none is usual, each line has its own
     two = found[found["folder"].isin(["nothing", "gray"])]
     assert set(load.line_names(two).values()) == {"color Drop", "color Gray"}
+    two = found[found["folder"].isin(["gray", "scaled"])]
+    assert set(load.line_names(two).values()) == {
+        "gap 32, color Gray, yoked_scale none",
+        "gap 21, color Drop, yoked_scale True",
+    }
+    fainter = base | {"color._target_": "relloc.patches.Gray", "color.p": 0.5}
+    write_run(here / "fainter", row(fingerprint="fainter"), name="fainter", params=fainter)
+    found = load.load_results()
+    three = found[found["folder"].isin(["nothing", "gray", "fainter"])]
+    assert set(load.line_names(three).values()) == {
+        "color Drop, p none",
+        "color Gray, p 0.66",
+        "color Gray, p 0.5",
+    }
 
 
 def test_copies_of_a_measurement_count_once(here):

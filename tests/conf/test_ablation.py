@@ -48,7 +48,11 @@ def test_a_variant_changes_only_what_is_asked_of_a_network(
     assert settings.patches.grid.span_px <= settings.patches.grid.resize.shortest()
     changed = differing(resolved(config), resolved(config_of("base")))
     assert bool(changed) == (variant != "base")
-    assert changed.isdisjoint(SHARED)
+    if variant == "double_rate":
+        assert changed == {"recipe", "optimizer"}
+        assert config.optimizer.lr == 2 * config_of("base").optimizer.lr
+    else:
+        assert changed.isdisjoint(SHARED)
 
 
 def test_no_two_variants_are_the_same(config_of: ConfigOf) -> None:
